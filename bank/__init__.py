@@ -1,0 +1,1 @@
+"""The Prompt Bank on a shared filesystem: entries and their store. No torch."""

@@ -1,0 +1,1 @@
+"""Messages, ids, states, times, errors and configuration types. No I/O."""
