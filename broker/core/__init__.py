@@ -1,0 +1,1 @@
+"""Every transition of the broker: step(state, event, now) -> commands. Pure."""

@@ -1,0 +1,1 @@
+"""What to do about it: estimates, placement and scaling. Pure functions over the state."""

@@ -1,0 +1,1 @@
+"""What the broker knows: requests, allocations, and the events that change them. Pure."""
