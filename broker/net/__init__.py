@@ -1,0 +1,1 @@
+"""Sockets, framing, authentication and limits."""

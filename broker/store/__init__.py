@@ -1,0 +1,1 @@
+"""The journal: events and projections in SQLite, committed before anything is acknowledged."""
