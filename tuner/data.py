@@ -1,0 +1,128 @@
+"""A request's rows: tokens, the split for evaluation, and which rows each step takes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from broker.protocol.errors import DataError
+
+if TYPE_CHECKING:
+    from broker.protocol.messages import RequestSpec
+    from tuner.model import Base
+
+_EVAL_ROWS = 64  # split off when the request brings no evaluation rows
+_EVAL_SHARE = 5  # one in so many
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One line of the canonical JSON Lines."""
+
+    input: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row in tokens: the input, then the target and the tokenizer's end token if it has one."""
+
+    tokens: tuple[int, ...]
+    targets: int  # how many of the last tokens count in the loss
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    train: list[Example]
+    eval: list[Example]
+
+
+def load_dataset(base: Base, spec: RequestSpec, train: bytes, evaluation: bytes | None) -> Dataset:
+    """The examples of a request; without evaluation rows, a part of the training rows is set aside by the seed.
+
+    Raises `DataError` with the number of the row that cannot be used."""
+    room = base.positions - spec.virtual_tokens
+    examples = read_examples(base, train, room, "training")
+    if evaluation is not None:
+        return Dataset(examples, read_examples(base, evaluation, room, "evaluation"))
+    return split(examples, spec.seed)
+
+
+def read_examples(base: Base, rows: bytes, room: int, what: str) -> list[Example]:
+    """The examples of canonical JSON Lines, each at most `room` tokens long.
+
+    Raises `DataError` with the number of the row that cannot be used, and when there is no row."""
+    decoded = _rows(rows, what)
+    if not decoded:
+        raise DataError(f"there are no {what} rows")
+    end = base.end_token
+    inputs = base.tokenize([row.input for row in decoded])
+    targets = base.tokenize([row.target for row in decoded])
+    examples = []
+    for number, (given, wanted) in enumerate(zip(inputs, targets, strict=True), 1):
+        if not wanted:
+            raise DataError(f"{what} row {number}: the target has no tokens")
+        if len(given) + len(wanted) + len(end) > room:
+            length = len(given) + len(wanted) + len(end)
+            raise DataError(
+                f"{what} row {number}: {length} tokens, and {room} fit beside the virtual tokens",
+                "shorten the row or use fewer virtual tokens",
+            )
+        examples.append(Example((*given, *wanted, *end), len(wanted) + len(end)))
+    return examples
+
+
+def split(examples: list[Example], seed: int) -> Dataset:
+    """A fifth of the rows, at most 64, set aside for evaluation; a single row is trained and evaluated on."""
+    if len(examples) == 1:
+        return Dataset(examples, examples)
+    count = max(1, min(_EVAL_ROWS, len(examples) // _EVAL_SHARE))
+    order = np.random.default_rng([seed, 1]).permutation(len(examples)).tolist()
+    kept = sorted(order[count:])
+    return Dataset([examples[i] for i in kept], [examples[i] for i in sorted(order[:count])])
+
+
+class BatchOrder:
+    """Which rows each step takes: a pure function of (rows, batch size, seed, step), so that a resumed request sees
+    exactly the rows it would have seen. Every row once an epoch, in an order of the epoch's own."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self._rows = rows
+        self._batch_size = min(batch_size, rows)
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def batch(self, step: int) -> list[int]:
+        """The row numbers of a step; steps count from 0."""
+        first = step * self._batch_size
+        return [self._row(position) for position in range(first, first + self._batch_size)]
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self._rows)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self._seed, 0, epoch]).permutation(self._rows).tolist()
+            self._epoch = epoch
+        return self._order[place]
+
+
+def spec_digest(spec: RequestSpec, base_digest: str) -> str:
+    """What a checkpoint must match to be gone on from."""
+    return hashlib.sha256(msgspec.msgpack.encode(spec) + base_digest.encode()).hexdigest()
+
+
+def _rows(rows: bytes, what: str) -> list[Row]:
+    decoder = msgspec.json.Decoder(Row)
+    decoded = []
+    for number, line in enumerate(rows.splitlines(), 1):
+        try:
+            decoded.append(decoder.decode(line))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise DataError(f"{what} row {number}: {error}") from None
+    return decoded
