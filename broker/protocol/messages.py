@@ -35,7 +35,8 @@ class Message(Frozen, frozen=True, tag=True):
 
 
 class RequestSpec(Frozen, frozen=True):
-    """One tuning request as its user worded it: data by digest, hyper-parameters, target, deadline. No code, no paths."""
+    """One tuning request as its user worded it: data by digest, hyper-parameters, target, deadline. No code, no
+    paths."""
 
     model: Name
     train: Digest

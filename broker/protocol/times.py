@@ -21,19 +21,18 @@ _UNIT_NAMES = {
 }
 _UNITS = {name: _UNIT_S[unit] for unit, names in _UNIT_NAMES.items() for name in names}
 
-_CLOCK_DURATION = re.compile(r"(?:([0-9]{1,10})-)?([0-9]{1,10})(?::([0-9]{1,10}))?(?::([0-9]{1,10}))?")
-_UNIT_DURATION = re.compile(r"(?:[0-9]{1,10}(?:\.[0-9]{1,6})?\s*[a-z]+\s*)+")
-_UNIT_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)")
+# Patterns are text: `re` keeps what it compiled, and a command that reads no time compiles none.
+_CLOCK_DURATION = r"(?:([0-9]{1,10})-)?([0-9]{1,10})(?::([0-9]{1,10}))?(?::([0-9]{1,10}))?"
+_UNIT_DURATION = r"(?:[0-9]{1,10}(?:\.[0-9]{1,6})?\s*[a-z]+\s*)+"
+_UNIT_PART = r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)"
 _DURATION_FORMS = "write M, M:S, H:M:S, D-H, D-H:M, D-H:M:S (a bare number is minutes), 90s, 1h30m or UNLIMITED"
 
-_NOW = re.compile(r"now(?:\s*([+-])\s*([0-9]{1,10})\s*([a-z]*))?")
-_RFC3339 = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[t ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,6})?)?(?:z|[+-][0-9]{2}:[0-9]{2})"
-)
-_TIME = re.compile(r"([0-9]{1,2}):([0-9]{2})(?::([0-9]{2}))?\s*([ap]m)?")
-_ISO_DATE = re.compile(r"([0-9]{4})-([0-9]{1,2})-([0-9]{1,2})")
-_US_DATE = re.compile(r"([0-9]{1,2})([/.])([0-9]{1,2})(?:\2([0-9]{4}|[0-9]{2}))?")
-_PACKED_DATE = re.compile(r"([0-9]{2})([0-9]{2})([0-9]{2})?")
+_NOW = r"now(?:\s*([+-])\s*([0-9]{1,10})\s*([a-z]*))?"
+_RFC3339 = r"[0-9]{4}-[0-9]{2}-[0-9]{2}[t ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,6})?)?(?:z|[+-][0-9]{2}:[0-9]{2})"
+_TIME = r"([0-9]{1,2}):([0-9]{2})(?::([0-9]{2}))?\s*([ap]m)?"
+_ISO_DATE = r"([0-9]{4})-([0-9]{1,2})-([0-9]{1,2})"
+_US_DATE = r"([0-9]{1,2})([/.])([0-9]{1,2})(?:\2([0-9]{4}|[0-9]{2}))?"
+_PACKED_DATE = r"([0-9]{2})([0-9]{2})([0-9]{2})?"
 _NAMED_TIMES = {"midnight": 0, "elevenses": 11, "noon": 12, "fika": 15, "teatime": 16}
 _INSTANT_FORMS = (
     "write HH:MM[:SS] [AM|PM], MMDD[YY], MM/DD[/YY][-HH:MM[:SS]], YYYY-MM-DD[THH:MM[:SS]], now[+N[seconds|minutes|"
@@ -61,7 +60,7 @@ def parse_duration(text: str) -> float:
 
 
 def _clock_duration_s(words: str) -> float | None:
-    match = _CLOCK_DURATION.fullmatch(words)
+    match = re.fullmatch(_CLOCK_DURATION, words)
     if match is None:
         return None
     days, first, second, third = match.groups()
@@ -74,10 +73,10 @@ def _clock_duration_s(words: str) -> float | None:
 
 
 def _unit_duration_s(words: str) -> float | None:
-    if _UNIT_DURATION.fullmatch(words) is None:
+    if re.fullmatch(_UNIT_DURATION, words) is None:
         return None
     total, last_unit_s = 0.0, math.inf
-    for number, unit in _UNIT_PART.findall(words):
+    for number, unit in re.findall(_UNIT_PART, words):
         unit_s = _UNITS.get(unit)
         if unit_s is None or unit_s >= last_unit_s:  # unknown, repeated, or in the wrong order
             return None
@@ -110,9 +109,9 @@ def parse_instant(text: str, now_unix_s: float, *, past: bool = False) -> float:
     """
     words = " ".join(text.split()).lower()
     try:
-        if match := _NOW.fullmatch(words):
+        if match := re.fullmatch(_NOW, words):
             return now_unix_s + _now_offset_s(match, text)
-        if _RFC3339.fullmatch(words):
+        if re.fullmatch(_RFC3339, words):
             return datetime.fromisoformat(words.upper()).timestamp()
         return _local_instant_s(words, text, datetime.fromtimestamp(now_unix_s), past)
     except (ValueError, OverflowError, OSError) as error:
@@ -162,7 +161,7 @@ def _split(words: str) -> tuple[str, str]:
 def _time_of_day(words: str) -> time_of_day | None:
     if words in _NAMED_TIMES:
         return time_of_day(_NAMED_TIMES[words])
-    match = _TIME.fullmatch(words)
+    match = re.fullmatch(_TIME, words)
     if match is None:
         return None
     hour, minute, second = int(match[1]), int(match[2]), int(match[3] or 0)
@@ -178,11 +177,11 @@ def _date(words: str, today: date, past: bool) -> date | None:
         return today
     if words == "tomorrow":
         return today + timedelta(days=1)
-    if match := _ISO_DATE.fullmatch(words):
+    if match := re.fullmatch(_ISO_DATE, words):
         return date(int(match[1]), int(match[2]), int(match[3]))
-    if match := _US_DATE.fullmatch(words):
+    if match := re.fullmatch(_US_DATE, words):
         return _with_year(int(match[1]), int(match[3]), match[4], today, past)
-    if match := _PACKED_DATE.fullmatch(words):
+    if match := re.fullmatch(_PACKED_DATE, words):
         return _with_year(int(match[1]), int(match[2]), match[3], today, past)
     return None
 

@@ -1,0 +1,1 @@
+"""The commands of login nodes: click, one file a command, never torch."""
