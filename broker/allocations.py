@@ -64,7 +64,8 @@ class AllocationProvider(Protocol):
         ...
 
     def poll(self) -> list[JobReport]:
-        """All live jobs that carry this cluster's tag, and those that ended lately, in one call. A job that was reported
+        """All live jobs that carry this cluster's tag, and those that ended lately, in one call. A job that was
+        reported
         once and is missing from a later successful poll has ended."""
         ...
 

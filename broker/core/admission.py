@@ -36,11 +36,14 @@ def admit(state: State, message: Submit, caller: Identity, now: Now) -> RequestS
         raise Refused(f"the data is {size / MIB:.1f} MiB, the site's limit is {limits.data_mb} MiB", "send fewer rows")
     held = (
         sum(1 for r in state.requests.values() if r.uid == caller.uid)
-        if len(state.requests) > limits.pending_per_user
+        if len(state.requests) >= limits.pending_per_user
         else 0
     )
     if held >= limits.pending_per_user:
-        raise Refused(f"{held} requests of yours are waiting, the site's limit is {held}", "wait for some to end")
+        raise Refused(
+            f"{held} requests of yours are waiting, the site's limit is {limits.pending_per_user}",
+            "wait for some to end",
+        )
     return RequestSubmitted(
         request_id=state.counters.request_id + 1,
         spec=spec,
@@ -93,8 +96,9 @@ def cancellations(state: State, message: Cancel, caller: Identity) -> tuple[list
             raise UsageError("nothing says which requests to cancel", "give ids, or --me with filters")
         chosen = [r for r in state.requests.values() if r.uid == caller.uid and matches(r)]
         return [RequestCancelled(request_id=r.id, by_uid=caller.uid) for r in chosen], []
-    open_ids = [i for i in message.ids if i in state.requests and matches(state.requests[i])]
-    rest = [i for i in message.ids if i not in open_ids]
+    ids = dict.fromkeys(message.ids)  # each once
+    open_ids = {i: None for i in ids if i in state.requests and matches(state.requests[i])}
+    rest = [i for i in ids if i not in open_ids]
     return [RequestCancelled(request_id=i, by_uid=caller.uid) for i in open_ids], rest
 
 

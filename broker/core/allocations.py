@@ -93,7 +93,7 @@ def registered(state: State, event: WorkerRegistered, now: Now) -> list[AnyComma
         if allocation.state is not AllocationState.DRAINING:
             _started(state, allocation, allocation.started_unix_s or now.unix_s)
     allocation.incarnation, allocation.restart_count = event.incarnation, event.restart_count
-    allocation.job_id = event.job_id or allocation.job_id
+    allocation.job_id = allocation.job_id or event.job_id  # the provider's word for it is the one that cancels it
     allocation.node, allocation.gpus = event.host, event.gpus
     allocation.end_unix_s = event.end_unix_s or allocation.end_unix_s
     allocation.connected, allocation.heard_mono_s = True, now.mono_s
@@ -113,7 +113,7 @@ def ready(state: State, event: WorkerReady, now: Now) -> list[AnyCommand]:
         return []
     learned = state.knowledge(allocation.pool)
     if not allocation.ever_ready:
-        learned.load_s = blend(learned.load_s, now.unix_s - allocation.started_unix_s)
+        learned.load_s = blend(learned.load_s, max(0.0, now.unix_s - allocation.started_unix_s))
         queue_s = max(0.0, allocation.started_unix_s - allocation.ordered_unix_s)
         learned.queue_s = blend(learned.queue_s, queue_s)
         allocation.phases_s = {"queue": queue_s, **event.phases_s}
@@ -134,7 +134,7 @@ def leaving(state: State, event: WorkerLeaving, now: Now) -> list[AnyCommand]:
     for back in event.given_back:
         if allocation.running.get(back.request_id) == back.attempt:
             requeue(state, state.requests[back.request_id], now)
-    if event.restarting:
+    if event.restarting and allocation.state is not AllocationState.DRAINING:
         allocation.state, allocation.reason = AllocationState.LOADING, event.reason
         state.touch(allocation)
         return []
@@ -204,5 +204,5 @@ def _failed(state: State, pool: str, reason: str, now: Now) -> None:
     """An allocation that never served: the pool pauses, twice as long after each one in a row, then tries again."""
     health = state.pool_health(pool)
     health.failures += 1
-    health.paused_until_unix_s = now.unix_s + min(PAUSE_MAX_S, 2.0**health.failures)
+    health.paused_until_unix_s = now.unix_s + min(PAUSE_MAX_S, 2.0 ** min(health.failures, 16))
     health.reason = reason

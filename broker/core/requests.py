@@ -64,7 +64,8 @@ def progressed(state: State, event: RequestProgressed, now: Now) -> list[AnyComm
     if event.first_step_unix_s and not request.first_step_unix_s:
         request.first_step_unix_s = event.first_step_unix_s
         learned = state.knowledge(request.pool)
-        learned.overhead_s = blend(learned.overhead_s, event.first_step_unix_s - request.start_unix_s)
+        overhead_s = event.first_step_unix_s - request.start_unix_s  # on two hosts' clocks
+        learned.overhead_s = blend(learned.overhead_s, max(0.0, overhead_s))
     if not event.ephemeral:
         state.touch(request)
     return []
@@ -79,9 +80,10 @@ def ended(state: State, event: RequestEnded, now: Now) -> list[AnyCommand]:
         return [ack]
     request.step, request.loss, request.score = event.step, event.loss, event.score
     request.error, request.result = event.error, event.result
-    request.exit_code = 0 if event.state is RequestState.COMPLETED else 1
+    final = event.state if event.state.final else RequestState.FAILED
+    request.exit_code = 0 if final is RequestState.COMPLETED else 1
     _learn(state, request, allocation, now)
-    return [ack, *finish(state, request, event.state, now)]
+    return [ack, *finish(state, request, final, now)]
 
 
 def cancelled(state: State, event: RequestCancelled, now: Now) -> list[AnyCommand]:
@@ -109,7 +111,8 @@ def finish(state: State, request: Request, final: RequestState, now: Now) -> lis
 
 
 def requeue(state: State, request: Request, now: Now) -> None:
-    """Back to the queue after the loss of its worker, which is not the request's failure: it goes on from its checkpoint."""
+    """Back to the queue after the loss of its worker, which is not the request's failure: it goes on from its
+    checkpoint."""
     _release(state, request, now)
     request.state, request.reason = RequestState.PENDING, Reason.WORKER_LOST
     request.predicted_finish_unix_s = 0.0

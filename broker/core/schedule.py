@@ -24,7 +24,8 @@ DRAIN_GRACE_S = 60.0
 
 
 def decide(state: State, now: Now) -> list[AnyEvent]:
-    """The decisions of one look at the state, in the order in which to apply them. Waiting requests learn their reason and
+    """The decisions of one look at the state, in the order in which to apply them. Waiting requests learn their reason
+    and
     predicted finish on the way, which is not worth an event."""
     decided: list[AnyEvent] = list(_overdue(state, now))
     if decided:
@@ -58,7 +59,8 @@ def _overdue(state: State, now: Now) -> Iterable[AnyEvent]:
 
 
 def observe(state: State, reports: list[JobReport], in_flight: Set[int]) -> tuple[list[AnyEvent], list[AnyCommand]]:
-    """What a poll of all jobs says: events for allocations whose job changed or is gone, and cancels for jobs that carry
+    """What a poll of all jobs says: events for allocations whose job changed or is gone, and cancels for jobs that
+    carry
     our tag and that no allocation knows. `in_flight` are the allocations whose submission has not been answered."""
     happened: list[AnyEvent] = []
     strays: list[AnyCommand] = []
@@ -82,8 +84,9 @@ def observe(state: State, reports: list[JobReport], in_flight: Set[int]) -> tupl
                 )
             )
     for allocation in state.allocations.values():
-        never = allocation.state is AllocationState.DRAINING and allocation.id not in in_flight
-        if (allocation.job_id or never) and allocation.name not in seen:
+        if allocation.name in seen or allocation.id in in_flight:
+            continue
+        if allocation.job_id or allocation.state is AllocationState.DRAINING:
             happened.append(
                 AllocationObserved(
                     allocation_id=allocation.id, job_id=allocation.job_id, state=JobState.ENDED, reason="gone"

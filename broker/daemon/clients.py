@@ -65,6 +65,11 @@ class Clients:
                 turn.reply(peer, self._fetch(turn.state, caller, message.id))
             case messages.Watch():
                 self._watch(turn, peer, caller, message.ids)
+            case messages.Shutdown():
+                if not caller.admin:
+                    raise Refused("only an admin of the broker may stop it", "ask the site's admin")
+                turn.stop, turn.end_workers = True, message.end_workers
+                turn.reply(peer, messages.ShuttingDown(workers=len(turn.state.allocations)))
 
     def _submit(self, turn: Turn, peer: bytes, caller: Identity, message: messages.Submit) -> None:
         state, spec = turn.state, message.spec

@@ -29,7 +29,7 @@ from broker.net.doors import ClientDoor, WorkerDoor
 from broker.protocol.config import SiteConfig
 from broker.protocol.errors import ConfigError, Transient
 from broker.protocol.states import AllocationState
-from broker.state.events import AllocationRefused, AllocationSubmitted, Now
+from broker.state.events import AllocationDrained, AllocationRefused, AllocationSubmitted, Now
 from broker.state.model import State
 from broker.store.journal import Journal
 
@@ -98,8 +98,20 @@ class Daemon:
         self._w.workers.take(turn)
         self._w.clients.take(turn, "" if self._accounts_known else "the broker has not learned the accounts yet")
         self._finish(turn)
+        if turn.stop:
+            self._end(turn.end_workers)
+            return
         self._look()
         self._chores()
+
+    def _end(self, end_workers: bool) -> None:
+        self.stop()
+        if end_workers:
+            turn = Turn(self.state, self._w.clock())
+            for allocation_id in list(self.state.allocations):
+                turn.apply(AllocationDrained(allocation_id=allocation_id, reason="the broker was stopped"))
+            self._finish(turn)
+            self._w.allocator.cancel([a.job_id for a in self.state.allocations.values() if a.job_id])
 
     def _restore(self) -> State:
         state = State(site=self._w.site, tag=self._w.journal.tag)

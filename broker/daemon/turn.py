@@ -23,6 +23,8 @@ class Turn(Struct):
     commands: list[AnyCommand] = field(default_factory=list)
     replies: list[tuple[bytes, Callable[[], Message]]] = field(default_factory=list)  # to login nodes
     moved: set[int] = field(default_factory=set)  # requests whose watchers want to know
+    stop: bool = False  # an admin wants the broker to end
+    end_workers: bool = False  # ... and its workers with it
 
     def apply(self, event: AnyEvent) -> None:
         """Steps the core, and notes the event for the journal unless it repeats by itself."""

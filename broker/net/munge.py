@@ -57,7 +57,8 @@ class Munge:
     """One MUNGE context. Not for use by several threads at once."""
 
     def __init__(self, socket: str | None = None, only_uid: int | None = None) -> None:
-        """`socket` is munged's (None: its default); credentials made here can be decoded by `only_uid` alone, if given."""
+        """`socket` is munged's (None: its default); credentials made here can be decoded by `only_uid` alone, if
+        given."""
         self._lib = _library()
         self._libc = ctypes.CDLL(None)
         self._libc.free.argtypes = [ctypes.c_void_p]

@@ -46,7 +46,8 @@ def place(state: State, pool: str, queue: list[Request], now: Now) -> tuple[list
 
 
 def _choose(seats: list[Seat], request: Request, learned: Learned, now: Now) -> Seat | None:
-    """The fullest worker that the request may join at no harm, so that others empty out and can be given back; an idle one
+    """The fullest worker that the request may join at no harm, so that others empty out and can be given back; an idle
+    one
     else. None when joining would break deadlines and waiting is better."""
     harmless = [s for s in seats if not s.running or _harmless(s, request, learned, now)]
     cheap = [s for s in harmless if step_s(learned, len(s.running) + 1) <= NEARLY_FREE * step_s(learned, 1)]

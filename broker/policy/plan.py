@@ -1,7 +1,9 @@
 """The policy's face: one immutable plan from one look at the whole state.
 
-This policy is earliest deadline first: warm workers take the request whose deadline comes first; requests share a worker
-while that is nearly free or breaks no deadline; one more allocation is ordered when a deadline would else be missed and the
+This policy is earliest deadline first: warm workers take the request whose deadline comes first; requests share a
+worker
+while that is nearly free or breaks no deadline; one more allocation is ordered when a deadline would else be missed
+and the
 new worker would be there in time; idle allocations beyond the floor are given back after a window.
 """
 
@@ -47,7 +49,7 @@ def _plan_pool(state: State, pool: str, queue: list[Request], now: Now, result: 
     placed, left = place(state, pool, queue, now)
     result.placements.extend(placed)
     ahead = forecast(state, pool, left, placed, now)
-    order_reasons = wanted(state, pool, left, ahead, now)
+    order_reasons = wanted(state, pool, left, placed, now)
     result.orders.extend((pool, reason) for reason in order_reasons)
     if not queue:
         result.drains.extend(surplus(state, pool, now))

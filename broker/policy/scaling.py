@@ -21,9 +21,10 @@ class Forecast(Struct, frozen=True, kw_only=True):
 
 
 def forecast(
-    state: State, pool: str, queue: list[Request], placed: list[tuple[int, int]], now: Now, extra: int = 0
+    state: State, pool: str, queue: list[Request], placed: list[tuple[int, int]], now: Now, *, extra: int = 0
 ) -> Forecast:
-    """List-schedules `queue` (sorted by deadline), one request at a time on each worker, with `extra` allocations ordered
+    """List-schedules `queue` (sorted by deadline), one request at a time on each worker, with `extra` allocations
+    ordered
     now besides. Allocations on their way count from the moment they are expected, and only here: never in placement.
     """
     learned = state.knowledge(pool)
@@ -63,9 +64,10 @@ def _expected_unix_s(allocation: Allocation, learned: Learned, now: Now) -> floa
     return now.unix_s + (needed_s - spent_s if spent_s < needed_s else spent_s)
 
 
-def wanted(state: State, pool: str, queue: list[Request], ahead: Forecast, now: Now) -> list[str]:
-    """One reason for each allocation to order now. Never beyond the cap, pending and draining ones counted; never while the
-    pool is paused; for a deadline only if the new worker would save it."""
+def wanted(state: State, pool: str, queue: list[Request], placed: list[tuple[int, int]], now: Now) -> list[str]:
+    """One reason for each allocation to order now that `placed` are seated. Never beyond the cap, pending and draining
+    ones
+    counted; never while the pool is paused; for a deadline only if the new worker would save it."""
     config = state.site.pools[pool]
     health = state.health.get(pool)
     if health and health.paused_until_unix_s > now.unix_s:
@@ -76,11 +78,13 @@ def wanted(state: State, pool: str, queue: list[Request], ahead: Forecast, now: 
     if queue and not alive and not reasons:
         reasons.append("first request")
     room = config.max_workers - len(existing)
-    while len(reasons) < room and queue:
-        before = _missed(queue, forecast(state, pool, queue, [], now, len(reasons)) if reasons else ahead)
-        if not before or len(_missed(queue, forecast(state, pool, queue, [], now, len(reasons) + 1))) >= len(before):
+    missed = _missed(queue, forecast(state, pool, queue, placed, now, extra=len(reasons))) if len(reasons) < room else []
+    while missed and len(reasons) < room:
+        still = _missed(queue, forecast(state, pool, queue, placed, now, extra=len(reasons) + 1))
+        if len(still) >= len(missed):
             break
-        reasons.append(f"the deadline of request {before[0]}")
+        reasons.append(f"the deadline of request {missed[0]}")
+        missed = still
     return reasons[: max(0, room)]
 
 
@@ -89,7 +93,8 @@ def _missed(queue: list[Request], ahead: Forecast) -> list[int]:
 
 
 def surplus(state: State, pool: str, now: Now) -> list[tuple[int, str]]:
-    """Allocations of a pool without waiting requests to give back: not yet serving ones beyond the floor at once, idle ones
+    """Allocations of a pool without waiting requests to give back: not yet serving ones beyond the floor at once, idle
+    ones
     after the window."""
     config = state.site.pools[pool]
     alive = [a for a in state.allocations_of(pool) if a.state is not AllocationState.DRAINING]

@@ -1,6 +1,7 @@
 """The broker's knowledge: requests and allocations that have not ended, and what was learned from those that have.
 
-One `State` has one owner, which alone changes it, through `broker.core`. Every record that a transition touched is noted,
+One `State` has one owner, which alone changes it, through `broker.core`. Every record that a transition touched is
+noted,
 so that the journal can store it in the same transaction as the event.
 """
 
@@ -99,7 +100,8 @@ class Request(Struct, kw_only=True):
 
 
 class Allocation(Struct, kw_only=True):
-    """One allocation and the warm worker in it. The fields from `connected` on are not worth a disk write of their own."""
+    """One allocation and the warm worker in it. The fields from `connected` on are not worth a disk write of their
+    own."""
 
     id: int
     name: str

@@ -7,10 +7,13 @@ One writer. A batch of events, the records they touched and the data they brough
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct, field
@@ -64,6 +67,7 @@ class _Meta(Struct, kw_only=True):
     health: dict[str, PoolHealth]
 
 
+_OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes blanks
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)
 _allocation_decoder = msgspec.msgpack.Decoder(Allocation)
@@ -73,33 +77,33 @@ _meta_decoder = msgspec.msgpack.Decoder(_Meta)
 class Journal:
     """Opens or creates the journal at `path`.
 
-    Raises `ConfigError` on a network filesystem or a file of another release, and `PromptTunerError` on a damaged one: it
+    Raises `ConfigError` on a network filesystem or a file of another release, and `PromptTunerError` on a damaged one:
+    it
     never starts empty in silence.
     """
 
     def __init__(self, path: Path) -> None:
         _refuse_network_filesystem(path.parent)
         self.path = path
-        new = not path.exists()
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        self._db = sqlite3.connect(path, isolation_level=None)
-        try:
-            self._prepare(new)
-        except sqlite3.DatabaseError as error:
-            raise PromptTunerError(
-                f"the journal {path} cannot be read: {error}",
-                "restore it from a backup (sqlite3 FILE .recover), or move it away to start with nothing",
-            ) from None
+        with self._reading():
+            _make_or_find(path)
+            self._db = sqlite3.connect(path, isolation_level=None)
+            try:
+                self._prepare()
+            except BaseException:
+                self._db.close()
+                raise
 
-    def _prepare(self, new: bool) -> None:
+    def _prepare(self) -> None:
         db = self._db
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA cache_size=-8000")
         version = db.execute("PRAGMA user_version").fetchone()[0]
+        if not version and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise sqlite3.DatabaseError("it is another program's database")
+        if version in (0, SCHEMA):
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA cache_size=-8000")
         if not version:
-            if not new and self.path.stat().st_size == 0:
-                raise sqlite3.DatabaseError("it is empty")
             with self._transaction():
                 for statement in _TABLES.split(";"):
                     db.execute(statement)
@@ -116,6 +120,29 @@ class Journal:
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise PromptTunerError(
+                f"the journal {self.path} cannot be read: {error}",
+                "restore it from a backup (sqlite3 FILE .recover), or move it away to start with nothing",
+            ) from None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise Transient(
+                f"the broker's journal cannot be written: {error}", "try again; tell the site's admin"
+            ) from None
+
+    def _rows(self, query: str, values: Sequence[object] = ()) -> Iterator[tuple[Any, ...]]:
+        with self._reading():
+            yield from self._db.execute(query, values)
+
     def _put_meta(self, meta: _Meta) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (_encoder.encode(meta),))
 
@@ -123,13 +150,14 @@ class Journal:
         """Puts everything that has not ended, and what was learned, into a fresh `state`."""
         meta = self._meta()
         state.counters, state.learned, state.health = meta.counters, meta.learned, meta.health
-        for (body,) in self._db.execute("SELECT body FROM request WHERE active ORDER BY id"):
-            request = _request_decoder.decode(body)
-            state.requests[request.id] = request
-            state.by_key[request.submit_key] = request.id
-        for (body,) in self._db.execute("SELECT body FROM allocation WHERE active ORDER BY id"):
-            allocation = _allocation_decoder.decode(body)
-            state.allocations[allocation.id] = allocation
+        with self._reading():
+            for (body,) in self._rows("SELECT body FROM request WHERE active ORDER BY id"):
+                request = _request_decoder.decode(body)
+                state.requests[request.id] = request
+                state.by_key[request.submit_key] = request.id
+            for (body,) in self._rows("SELECT body FROM allocation WHERE active ORDER BY id"):
+                allocation = _allocation_decoder.decode(body)
+                state.allocations[allocation.id] = allocation
 
     @property
     def tag(self) -> str:
@@ -137,7 +165,10 @@ class Journal:
         return self._meta().tag
 
     def _meta(self) -> _Meta:
-        return _meta_decoder.decode(self._db.execute("SELECT body FROM meta WHERE key='state'").fetchone()[0])
+        with self._reading():
+            for (body,) in self._rows("SELECT body FROM meta WHERE key='state'"):
+                return _meta_decoder.decode(body)
+            raise sqlite3.DatabaseError("it lacks its tag and counters")
 
     def commit(self, batch: Batch, state: State) -> None:
         """Makes the batch and every record that it touched durable, all or nothing.
@@ -147,16 +178,9 @@ class Journal:
         requests, allocations = state.touched_requests.values(), state.touched_allocations.values()
         if not (batch.events or batch.blobs or requests or allocations):
             return
-        try:
-            with self._transaction():
-                self._write(batch, requests, allocations)
-                self._put_meta(
-                    _Meta(tag=state.tag, counters=state.counters, learned=state.learned, health=state.health)
-                )
-        except sqlite3.Error as error:
-            raise Transient(
-                f"the broker's journal cannot be written: {error}", "try again; tell the site's admin"
-            ) from None
+        with self._writing(), self._transaction():
+            self._write(batch, requests, allocations)
+            self._put_meta(_Meta(tag=state.tag, counters=state.counters, learned=state.learned, health=state.health))
         state.touched_requests.clear()
         state.touched_allocations.clear()
 
@@ -171,7 +195,8 @@ class Journal:
             [(unix_s, type(event).__name__, _encoder.encode(event)) for unix_s, event in batch.events],
         )
         self._db.executemany(
-            "INSERT OR REPLACE INTO request VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO request VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+            " end_unix_s=excluded.end_unix_s, active=excluded.active, result=excluded.result, body=excluded.body",
             [
                 (
                     r.id,
@@ -192,13 +217,16 @@ class Journal:
         )
 
     def request(self, request_id: int) -> Request | None:
-        row = self._db.execute("SELECT body FROM request WHERE id=?", (request_id,)).fetchone()
-        return _request_decoder.decode(row[0]) if row else None
+        return next(self._requests("SELECT body FROM request WHERE id=?", [request_id]), None)
+
+    def _requests(self, query: str, values: Sequence[object]) -> Iterator[Request]:
+        with self._reading():
+            for (body,) in self._rows(query, values):
+                yield _request_decoder.decode(body)
 
     def id_of_key(self, submit_key: str) -> int | None:
         """The request that was submitted under this key, ended or not."""
-        row = self._db.execute("SELECT id FROM request WHERE submit_key=?", (submit_key,)).fetchone()
-        return int(row[0]) if row else None
+        return next((int(i) for (i,) in self._rows("SELECT id FROM request WHERE submit_key=?", [submit_key])), None)
 
     def ended(self, start_unix_s: float, end_unix_s: float, uid: int | None) -> list[Request]:
         """Requests that ended after `start_unix_s` and were submitted before `end_unix_s`; of one user, or of all."""
@@ -206,29 +234,31 @@ class Journal:
         values: list[float | int] = [start_unix_s, end_unix_s]
         if uid is not None:
             query, values = f"{query} AND uid = ?", [*values, uid]
-        return [_request_decoder.decode(body) for (body,) in self._db.execute(f"{query} ORDER BY id", values)]
+        return list(self._requests(f"{query} ORDER BY id", values))
 
     def blob(self, digest: str) -> bytes | None:
-        row = self._db.execute("SELECT bytes FROM blob WHERE digest=?", (digest,)).fetchone()
-        return row[0] if row else None
+        return next((data for (data,) in self._rows("SELECT bytes FROM blob WHERE digest=?", [digest])), None)
 
     def events(self) -> Iterator[tuple[float, AnyEvent]]:
         """All that happened, in order."""
-        for unix_s, body in self._db.execute("SELECT unix_s, body FROM event ORDER BY seq"):
-            yield unix_s, event_decoder.decode(body)
+        with self._reading():
+            for unix_s, body in self._rows("SELECT unix_s, body FROM event ORDER BY seq"):
+                yield unix_s, event_decoder.decode(body)
 
     def prune(self, before_unix_s: float) -> None:
-        """Forgets data and results that no request which is open or ended after `before_unix_s` refers to."""
+        """Forgets data and results that no request which is open or ended after `before_unix_s` refers to.
+
+        Raises `Transient` when the disk does not take it.
+        """
         keep: set[str] = set()
-        for (body,) in self._db.execute("SELECT body FROM request WHERE active OR end_unix_s >= ?", (before_unix_s,)):
-            request = _request_decoder.decode(body)
+        for request in self._requests("SELECT body FROM request WHERE active OR end_unix_s >= ?", [before_unix_s]):
             keep.update(d for d in (request.spec.train, request.spec.eval, request.result) if d)
         stale = [
             (digest,)
-            for (digest,) in self._db.execute("SELECT digest FROM blob WHERE stored_unix_s < ?", (before_unix_s,))
+            for (digest,) in self._rows("SELECT digest FROM blob WHERE stored_unix_s < ?", [before_unix_s])
             if digest not in keep
         ]
-        with self._transaction():
+        with self._writing(), self._transaction():
             self._db.executemany("DELETE FROM blob WHERE digest=?", stale)
 
     def close(self) -> None:
@@ -243,22 +273,47 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            if self._db.in_transaction:
+        try:
+            if kind is None:
+                self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:  # a COMMIT that failed may leave it open
                 self._db.execute("ROLLBACK")
+
+
+def _make_or_find(path: Path) -> None:
+    """Makes the file (0600) if there is none. Raises for one that is empty or whose other half alone is left."""
+    log = path.with_name(f"{path.name}-wal")
+    try:
+        if not path.exists():
+            if log.exists():
+                raise sqlite3.DatabaseError(f"it is gone, and {log.name} is still there")
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             return
-        self._db.execute("COMMIT")
+        os.close(os.open(path, os.O_RDWR))
+        if path.stat().st_size == 0:
+            raise sqlite3.DatabaseError("it is empty")
+    except OSError as error:
+        raise ConfigError(
+            f"the journal {path} cannot be opened: {error.strerror}",
+            "set broker.state_dir to a folder on a disk of this host in which the broker may write",
+        ) from None
+
+
+def filesystem_of(folder: str, mounts: str) -> str:
+    """The type of the filesystem that holds `folder` (a real path), by the kernel's table of mounts (mountinfo)."""
+    kind, longest = "", -1
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        mount = _OCTAL.sub(lambda code: chr(int(code[1], 8)), before.split()[4])
+        inside = folder == mount or folder.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= longest:
+            kind, longest = after.split()[0], len(mount)
+    return kind
 
 
 def _refuse_network_filesystem(folder: Path) -> None:
-    real = os.path.realpath(folder)
-    kind, longest = "", -1
-    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
-        before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")
-        inside = real == mount or real.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= longest:
-            kind, longest = after.split()[0], len(mount)
+    kind = filesystem_of(os.path.realpath(folder), Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
     if kind in NETWORK_FILESYSTEMS or kind.startswith("fuse."):
         raise ConfigError(
             f"the journal's folder {folder} is on a network filesystem ({kind})",
