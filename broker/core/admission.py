@@ -7,7 +7,8 @@ import difflib
 import hmac
 from collections.abc import Iterable
 
-from broker.policy.estimate import cold_start_s, remaining_s
+from broker.policy.estimate import remaining_s
+from broker.policy.scaling import forecast
 from broker.protocol.errors import NotFound, Refused, UsageError
 from broker.protocol.messages import Cancel, Goodbye, Identity, Register, RequestSpec, Submit
 from broker.protocol.states import AllocationState, OnMiss, RequestState
@@ -63,9 +64,10 @@ def predict(state: State, request: Request, now: Now) -> float:
     position = bisect.bisect_right(waiting, request.deadline_unix_s, key=lambda w: w[0])
     if position:
         return max(finish for _, finish in waiting[max(0, position - 8) : position]) + own_s
-    if any(a.serving for a in state.allocations_of(request.pool)):
+    slots = state.pool_of(request).slots
+    if any(a.serving and len(a.running) < slots for a in state.allocations_of(request.pool)):
         return now.unix_s + own_s
-    return now.unix_s + cold_start_s(learned) + own_s
+    return forecast(state, request.pool, [request], [], now).finish_unix_s[request.id]
 
 
 def check_promise(request: Request, predicted_unix_s: float) -> str:

@@ -60,8 +60,8 @@ class Allocator:
                 return SubmittedJob(allocation_id, self._provider.submit(order))
             except SlurmRejected as error:
                 return SubmitFailed(allocation_id, error.message, True)
-            except PromptTunerError as error:
-                return SubmitFailed(allocation_id, error.message, False)
+            except Exception as error:
+                return SubmitFailed(allocation_id, _told(error), False)
 
         self._calls.put(call)
 
@@ -98,16 +98,20 @@ class Allocator:
     def _guarded(self, what: str, call: Callable[[], Outcome | None]) -> Outcome | None:
         try:
             return call()
-        except PromptTunerError as error:
-            return CallFailed(what, error.message)
+        except Exception as error:
+            return CallFailed(what, _told(error))
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            try:
-                outcome = call()
-            except Exception as error:  # a bug in a provider must not end the thread that everything waits for
-                log.exception("allocation provider failed")
-                outcome = CallFailed("provider", repr(error))
+            outcome = call()
             if outcome is not None:
                 self._outcomes.put(outcome)
                 os.eventfd_write(self.wake_fd, 1)
+
+
+def _told(error: Exception) -> str:
+    """What to say of it. A bug in a provider must neither end the thread nor leave a call without its outcome."""
+    if isinstance(error, PromptTunerError):
+        return error.message
+    log.error("the allocation provider failed", exc_info=error)
+    return repr(error)

@@ -76,7 +76,7 @@ class Clients:
         known = state.by_key.get(message.submit_key) or self._journal.id_of_key(message.submit_key)
         if known is not None:  # sent again after a lost answer: the same request, the same answer
             earlier = self._find(state, caller, known)
-            turn.reply(peer, _acknowledge(earlier, earlier.predicted_finish_unix_s, ""))
+            turn.reply(peer, _acknowledge(state, earlier, earlier.predicted_finish_unix_s, ""))
             return
         event = admit(state, message, caller, turn.now)
         self._check_blobs(message)
@@ -94,12 +94,12 @@ class Clients:
         note = check_promise(probe, predicted_unix_s)
         if message.test_only:
             probe.id = 0
-            turn.reply(peer, _acknowledge(probe, predicted_unix_s, note))
+            turn.reply(peer, _acknowledge(state, probe, predicted_unix_s, note))
             return
         turn.batch.blobs.update(message.blobs)
         turn.apply(event)
         state.requests[event.request_id].predicted_finish_unix_s = predicted_unix_s
-        turn.reply(peer, _acknowledge(state.requests[event.request_id], predicted_unix_s, note))
+        turn.reply(peer, _acknowledge(state, state.requests[event.request_id], predicted_unix_s, note))
 
     def _check_blobs(self, message: messages.Submit) -> None:
         wanted = {d for d in (message.spec.train, message.spec.eval) if d}
@@ -201,12 +201,12 @@ def _updater(state: State, request: Request) -> Callable[[], Message]:
     return lambda: messages.Update(row=rows(state, [request])[0])
 
 
-def _acknowledge(request: Request, predicted_unix_s: float, note: str) -> messages.Submitted:
+def _acknowledge(state: State, request: Request, predicted_unix_s: float, note: str) -> messages.Submitted:
     return messages.Submitted(
         id=request.id,
         predicted_finish_unix_s=predicted_unix_s or None,
         deadline_unix_s=request.spec.deadline_unix_s,
-        cluster="",
+        cluster=state.site.cluster,
         note=note,
     )
 

@@ -86,9 +86,9 @@ class Daemon:
         while not self._stopping:
             self.turn(self._timeout_s())
         self._w.allocator.close()
-        self._w.client_door.close()
         self._w.worker_door.close()
         self._w.journal.close()
+        self._w.client_door.close()  # last: when nobody listens there, a new broker may start
 
     def turn(self, timeout_s: float) -> None:
         """Waits up to `timeout_s` for something to happen, then handles all that has."""
@@ -200,11 +200,19 @@ class Daemon:
                     self._accounts_due_mono_s = turn.now.mono_s + RESUBMIT_S
 
     def _carry_out(self, state: State, command: commands.AnyCommand) -> None:
+        try:
+            self._try_to_carry_out(state, command)
+        except OSError as error:  # the shared filesystem is full or away: no reason to end
+            log.warning("%s: %s", type(command).__name__, error)
+            if isinstance(command, commands.SubmitAllocation):
+                self._resubmit_mono_s[command.allocation_id] = self._w.clock().mono_s + RESUBMIT_S
+
+    def _try_to_carry_out(self, state: State, command: commands.AnyCommand) -> None:
         if isinstance(command, commands.SubmitAllocation):
             allocation = state.allocations.get(command.allocation_id)
             if allocation is not None and allocation.state is AllocationState.ORDERED:
-                self._in_flight.add(allocation.id)
                 order = self._w.spool.order(allocation, self._w.worker_address, self._w.server_public_key)
+                self._in_flight.add(allocation.id)
                 self._w.allocator.submit(allocation.id, order)
         elif isinstance(command, commands.CancelJob):
             self._w.allocator.cancel([command.job_id])
@@ -228,8 +236,14 @@ class Daemon:
             self._w.allocator.learn_accounts()
         if now.mono_s >= self._prune_due_mono_s:
             self._prune_due_mono_s = now.mono_s + PRUNE_S
-            self._w.journal.prune(now.unix_s - self._w.site.limits.retention)
-            self._w.spool.prune(now.unix_s - self._w.site.limits.retention)
+            self._prune(now.unix_s - self._w.site.limits.retention)
+
+    def _prune(self, before_unix_s: float) -> None:
+        try:
+            self._w.journal.prune(before_unix_s)
+            self._w.spool.prune(before_unix_s)
+        except (Transient, OSError) as error:
+            log.warning("old results stay for now: %s", error)
 
     def _poll_s(self, now: Now) -> float:
         if self._w.site.backend == "local":

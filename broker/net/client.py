@@ -13,7 +13,7 @@ import zmq
 from msgspec import Struct
 
 from broker.net.munge import Munge, digest_of
-from broker.protocol.errors import AuthError, BrokerUnreachable, error_for
+from broker.protocol.errors import AuthError, BrokerUnreachable, Transient, error_for
 from broker.protocol.messages import (
     ClientReply,
     ErrorReply,
@@ -97,8 +97,13 @@ class BrokerClient:
         """
         check_listening(self._contact.address)
         self.send(message)
+        until = time.monotonic() + timeout_s
         reply = self.receive(timeout_s)
+        while isinstance(reply, Update) and not isinstance(message, Watch):  # an earlier watch's
+            reply = self.receive(until - time.monotonic())
         if reply is None:
+            self.close()
+            self._socket = self._open()  # a late answer must not be taken for the next call's
             raise BrokerUnreachable(
                 f"the broker at {self._contact.address} did not answer within {timeout_s:g} s",
                 "is it running? ptctl broker status",
@@ -126,9 +131,12 @@ class BrokerClient:
                         f"the broker at {self._contact.address} has not answered for {patience_s:g} s"
                     )
                 continue
-            heard = time.monotonic()
             if isinstance(reply, ErrorReply):
-                raise error_for(reply.code, reply.message, reply.hint)
+                error = error_for(reply.code, reply.message, reply.hint)
+                if not isinstance(error, Transient) or time.monotonic() - heard > patience_s:
+                    raise error
+                continue
+            heard = time.monotonic()
             if isinstance(reply, Update):
                 yield reply
 

@@ -11,8 +11,9 @@ import zmq
 from msgspec import Struct
 from msgspec.msgpack import Decoder
 
+from broker.net.client import check_listening
 from broker.net.munge import Munge, digest_of
-from broker.protocol.errors import AuthError, PromptTunerError
+from broker.protocol.errors import AuthError, BrokerUnreachable, PromptTunerError
 from broker.protocol.messages import (
     ClientRequest,
     ErrorReply,
@@ -77,6 +78,14 @@ class Keys(Struct, frozen=True):
     secret: bytes
 
 
+def _served(address: str) -> bool:
+    try:
+        check_listening(address)
+    except BrokerUnreachable:
+        return False
+    return True
+
+
 class _Door:
     def __init__(self, address: str, keys: Keys | None, max_bytes: int) -> None:
         router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -95,8 +104,11 @@ class _Door:
             router.curve_server = True
             router.curve_publickey, router.curve_secretkey = keys.public, keys.secret
         try:
+            if address.startswith("ipc://") and _served(address):  # a bind would take the socket away from its owner
+                raise zmq.ZMQError(zmq.EADDRINUSE)
             router.bind(address)
         except zmq.ZMQError as error:
+            router.close()
             raise PromptTunerError(
                 f"cannot listen on {address}: {error.strerror}", "is another broker running?"
             ) from None

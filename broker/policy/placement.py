@@ -26,8 +26,8 @@ class Seat(Struct):
 def place(state: State, pool: str, queue: list[Request], now: Now) -> tuple[list[tuple[int, int]], list[Request]]:
     """Seats requests of `queue` (sorted by deadline) on the pool's warm workers.
 
-    Returns [(request id, allocation id)] and those that go on waiting, in order. Never more than `slots` on a worker; an
-    earlier deadline never waits for a later one.
+    Returns [(request id, allocation id)] and those that go on waiting, in order. Never more than `slots` on a worker;
+    an earlier deadline never waits for a later one.
     """
     seats = [
         Seat(a.id, state.site.pools[pool].slots, [state.requests[i] for i in a.running])

@@ -78,14 +78,16 @@ def wanted(state: State, pool: str, queue: list[Request], placed: list[tuple[int
     if queue and not alive and not reasons:
         reasons.append("first request")
     room = config.max_workers - len(existing)
-    missed = _missed(queue, forecast(state, pool, queue, placed, now, extra=len(reasons))) if len(reasons) < room else []
+    if len(reasons) >= room:
+        return reasons[: max(0, room)]
+    missed = _missed(queue, forecast(state, pool, queue, placed, now, extra=len(reasons)))
     while missed and len(reasons) < room:
         still = _missed(queue, forecast(state, pool, queue, placed, now, extra=len(reasons) + 1))
         if len(still) >= len(missed):
             break
         reasons.append(f"the deadline of request {missed[0]}")
         missed = still
-    return reasons[: max(0, room)]
+    return reasons
 
 
 def _missed(queue: list[Request], ahead: Forecast) -> list[int]:

@@ -52,6 +52,7 @@ class BrokerConfig(_Table, frozen=True):
     """Where the broker listens and keeps its journal. Unset addresses mean a unix socket in the run directory."""
 
     listen: str | None = None  # tcp://host:port for login nodes
+    address: str | None = None  # what login nodes dial, where it differs from listen
     worker_listen: str | None = None  # tcp://host:port for compute nodes; port 0 picks one
     worker_address: str | None = None  # what workers dial, where it differs from worker_listen
     public_key: str | None = None  # CURVE (Z85); its secret is in secret_key_file

@@ -18,8 +18,9 @@ PROTOCOL = 1
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 Text = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*\Z")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-RequestId = Annotated[int, Meta(ge=1)]
-AllocationId = Annotated[int, Meta(ge=1)]
+RequestId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+AllocationId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+RequestIds = Annotated[list[RequestId], Meta(max_length=20_000)]  # each one is a look into the journal
 UnixS = Annotated[float, Meta(ge=0, le=253402300799)]
 
 
@@ -84,14 +85,14 @@ class Submit(Message, frozen=True):
 class Queue(Message, frozen=True):
     """The requests that have not ended, plus those that ended within `ended_within_s`."""
 
-    ids: list[RequestId] = []
+    ids: RequestIds = []
     ended_within_s: float = 0.0
 
 
 class Cancel(Message, frozen=True):
     """Cancels by id, or everything of the caller that matches all filters given."""
 
-    ids: list[RequestId] = []
+    ids: RequestIds = []
     job_name: str | None = None
     account: str | None = None
     partition: str | None = None
@@ -102,7 +103,7 @@ class Cancel(Message, frozen=True):
 class Accounting(Message, frozen=True):
     """Finished and running requests whose time overlaps [start, end]."""
 
-    ids: list[RequestId] = []
+    ids: RequestIds = []
     start_unix_s: float = 0.0
     end_unix_s: float | None = None
 
@@ -121,7 +122,7 @@ class Watch(Message, frozen=True):
     """Streams `Update`s of these requests to this socket until each has ended. Sent again now and then, since a watch
     does not outlive the broker."""
 
-    ids: list[RequestId]
+    ids: RequestIds
 
 
 class Shutdown(Message, frozen=True):
@@ -451,5 +452,5 @@ def unpack(frames: list[bytes], decoder: msgspec.msgpack.Decoder[M]) -> M:
         )
     try:
         return decoder.decode(frames[1])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise PromptTunerError(f"malformed message: {error}") from None
