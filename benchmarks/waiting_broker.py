@@ -1,6 +1,5 @@
 """A real broker on a cluster whose queue is full: every allocation that it orders stays pending, so that requests wait
-and
-no training competes with what is measured. Run as a script it is that broker's daemon."""
+and no training competes with what is measured. Run as a script it is that broker's daemon."""
 
 from __future__ import annotations
 

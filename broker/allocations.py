@@ -65,8 +65,7 @@ class AllocationProvider(Protocol):
 
     def poll(self) -> list[JobReport]:
         """All live jobs that carry this cluster's tag, and those that ended lately, in one call. A job that was
-        reported
-        once and is missing from a later successful poll has ended."""
+        reported once and is missing from a later successful poll has ended."""
         ...
 
     def accounts(self) -> dict[str, Account] | None:

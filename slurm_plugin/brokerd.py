@@ -34,6 +34,7 @@ from broker.store.journal import Journal
 from slurm_plugin import __version__
 from slurm_plugin.contact import SOCKET_NAME, dial_address
 from slurm_plugin.local import LocalProvider, machine_gpus
+from slurm_plugin.model_folder import model_mistake
 from slurm_plugin.paths import find_site, personal_run_dir, personal_state_dir
 from slurm_plugin.site import default_site, load_site
 
@@ -128,10 +129,8 @@ def _named_models(models: list[str]) -> dict[str, str]:
         path = Path(folder)
         if not (separator and name.replace("-", "").replace("_", "").isalnum()):
             raise ConfigError(f"--model {model}: not of the form NAME=DIR", "for example --model tiny=/models/tiny")
-        if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"--model {model}: {path} is no model directory (no config.json)", "name another directory"
-            )
+        if mistake := model_mistake(path):
+            raise ConfigError(f"--model {model}: {path} {mistake}", "name a directory that transformers loads")
         named[name] = str(path.absolute())
     return named
 

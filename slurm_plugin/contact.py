@@ -43,7 +43,7 @@ def contact_for(site: SiteConfig) -> Contact:
     if broker.listen is None:
         return Contact(address=f"ipc://{personal_run_dir() / SOCKET_NAME}", auth="owner")
     return Contact(
-        address=dial_address(broker.listen),
+        address=broker.address or dial_address(broker.listen),
         auth="munge",
         server_public_key=broker.public_key,
         munge_socket=broker.munge_socket,

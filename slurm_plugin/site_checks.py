@@ -137,11 +137,13 @@ class _Checks:
             self._error(key, f"{path} belongs to user id {found.st_uid}", "the service user must own it")
 
     def models(self) -> None:
+        from slurm_plugin.model_folder import model_mistake  # not for login commands
+
         for name, model in self.site.models.items():
-            if not (Path(model.path) / "config.json").is_file():
+            if mistake := model_mistake(Path(model.path)):
                 self._error(
                     ("models", name, "path"),
-                    f"models.{name}.path = {shown(model.path)} holds no config.json",
+                    f"models.{name}.path = {shown(model.path)} {mistake}",
                     "name a directory that transformers loads",
                 )
 

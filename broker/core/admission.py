@@ -58,7 +58,7 @@ def admit(state: State, message: Submit, caller: Identity, now: Now) -> RequestS
 
 def predict(state: State, request: Request, now: Now) -> float:
     """When a new request would finish: behind those that wait with earlier deadlines, as the last plan saw them."""
-    learned = state.knowledge(request.pool)
+    learned = state.known(request.pool)
     own_s = remaining_s(request, learned, 1)
     waiting = state.outlook.get(request.pool, [])
     position = bisect.bisect_right(waiting, request.deadline_unix_s, key=lambda w: w[0])
@@ -104,8 +104,11 @@ def cancellations(state: State, message: Cancel, caller: Identity) -> tuple[list
     return [RequestCancelled(request_id=i, by_uid=caller.uid) for i in open_ids], rest
 
 
-def enlist(state: State, message: Register, key: str | None) -> WorkerRegistered | Goodbye:
-    """Whether a worker may hold its slot: it must know the allocation's `key` and not have been given up before."""
+def enlist(state: State, message: Register, key: str | None, draw: int) -> WorkerRegistered | Goodbye:
+    """Whether a worker may hold its slot: it must know the allocation's `key` and not have been given up before.
+
+    A new holder's epoch is higher than any before; its low 32 bits are `draw`, random ones, since later messages prove
+    themselves by it."""
     allocation = state.by_name(message.allocation)
     if allocation is None or key is None or not hmac.compare_digest(message.key.encode(), key.encode()):
         return Goodbye(reason="no such allocation")
@@ -114,7 +117,7 @@ def enlist(state: State, message: Register, key: str | None) -> WorkerRegistered
     same = allocation.incarnation == message.incarnation
     return WorkerRegistered(
         allocation_id=allocation.id,
-        epoch=allocation.epoch if same else state.counters.epoch + 1,
+        epoch=allocation.epoch if same else ((state.counters.epoch >> 32) + 1 << 32) | draw,
         incarnation=message.incarnation,
         job_id=message.job_id,
         restart_count=message.restart_count,

@@ -25,8 +25,7 @@ DRAIN_GRACE_S = 60.0
 
 def decide(state: State, now: Now) -> list[AnyEvent]:
     """The decisions of one look at the state, in the order in which to apply them. Waiting requests learn their reason
-    and
-    predicted finish on the way, which is not worth an event."""
+    and predicted finish on the way, which is not worth an event."""
     decided: list[AnyEvent] = list(_overdue(state, now))
     if decided:
         return decided  # the next look sees their effect
@@ -60,8 +59,8 @@ def _overdue(state: State, now: Now) -> Iterable[AnyEvent]:
 
 def observe(state: State, reports: list[JobReport], in_flight: Set[int]) -> tuple[list[AnyEvent], list[AnyCommand]]:
     """What a poll of all jobs says: events for allocations whose job changed or is gone, and cancels for jobs that
-    carry
-    our tag and that no allocation knows. `in_flight` are the allocations whose submission has not been answered."""
+    carry our tag and that no allocation knows. `in_flight` are the allocations whose submission has not been
+    answered."""
     happened: list[AnyEvent] = []
     strays: list[AnyCommand] = []
     seen: dict[str, JobReport] = {r.name: r for r in reports}

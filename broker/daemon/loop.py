@@ -30,7 +30,7 @@ from broker.protocol.config import SiteConfig
 from broker.protocol.errors import ConfigError, Transient
 from broker.protocol.states import AllocationState
 from broker.state.events import AllocationDrained, AllocationRefused, AllocationSubmitted, Now
-from broker.state.model import State
+from broker.state.model import Allocation, State
 from broker.store.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 1.0  # between two looks at the whole state when nothing happens
 LOOK_SHARE = 10  # a look may take a tenth of the loop's time
 UNSETTLED_POLL_S = 1.0  # while allocations come or go, or a worker is silent
+SETTLE_S = 90.0
 RESUBMIT_S = 5.0
 ACCOUNTS_S = 300.0
 PRUNE_S = 3600.0
@@ -94,11 +95,11 @@ class Daemon:
         """Waits up to `timeout_s` for something to happen, then handles all that has."""
         self._poller.poll(max(0, int(timeout_s * 1000)))
         turn = Turn(self.state, self._w.clock())
+        self._w.workers.take(turn)  # before the polls: a result that came before its job's end counts
         self._take_outcomes(turn)
-        self._w.workers.take(turn)
         self._w.clients.take(turn, "" if self._accounts_known else "the broker has not learned the accounts yet")
-        self._finish(turn)
-        if turn.stop:
+        durable = self._finish(turn)
+        if turn.stop and durable:
             self._end(turn.end_workers)
             return
         self._look()
@@ -122,7 +123,8 @@ class Daemon:
             self._carry_out(state, command)
         return state
 
-    def _finish(self, turn: Turn) -> None:
+    def _finish(self, turn: Turn) -> bool:
+        """Commits, then answers and acts; whether the turn is on disk."""
         failure = None
         try:
             self._w.journal.commit(turn.batch, turn.state)
@@ -135,11 +137,12 @@ class Daemon:
             accounts = self.state.accounts
             self.state = self._restore()
             self.state.accounts = accounts
-            return
+            return False
         for command in turn.commands:
             self._carry_out(turn.state, command)
         self._w.clients.tell_watchers(turn)
         self._dirty = self._dirty or bool(turn.batch.events)
+        return True
 
     def _look(self) -> None:
         """Asks the policy, if something changed or time passed; never more than a share of the loop's time."""
@@ -248,12 +251,17 @@ class Daemon:
     def _poll_s(self, now: Now) -> float:
         if self._w.site.backend == "local":
             return UNSETTLED_POLL_S
-        silent_s = 3 * self._w.site.limits.heartbeat
-        for allocation in self.state.allocations.values():
-            settled = allocation.state is AllocationState.WARM and now.mono_s - allocation.heard_mono_s < silent_s
-            if not settled:
-                return UNSETTLED_POLL_S
-        return self._w.site.slurm.poll
+        unsettled = any(self._unsettled(a, now) for a in self.state.allocations.values())
+        return UNSETTLED_POLL_S if unsettled else self._w.site.slurm.poll
+
+    def _unsettled(self, allocation: Allocation, now: Now) -> bool:
+        """Whether its job's state matters soon. A job that has waited for a while needs no eye on it: its worker will
+        register."""
+        if allocation.state in (AllocationState.ORDERED, AllocationState.PENDING):
+            return now.unix_s - allocation.ordered_unix_s < SETTLE_S
+        if allocation.state is AllocationState.DRAINING:
+            return now.mono_s - allocation.draining_since_mono_s < SETTLE_S
+        return now.mono_s - allocation.heard_mono_s > 3 * self._w.site.limits.heartbeat
 
 
 def _check_pools(state: State) -> None:

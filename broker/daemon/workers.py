@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 
 import msgspec
 
@@ -51,7 +52,8 @@ class Workers:
 
     def _register(self, turn: Turn, peer: bytes, message: messages.Register) -> None:
         known = turn.state.by_name(message.allocation)
-        answer = enlist(turn.state, message, self._spool.key_of(message.allocation) if known else None)
+        key = self._spool.key_of(message.allocation) if known else None
+        answer = enlist(turn.state, message, key, secrets.randbits(32))
         if isinstance(answer, messages.Goodbye):
             log.warning("turned away a worker of %s on %s: %s", message.allocation, message.host, answer.reason)
             self._door.send(peer, answer)

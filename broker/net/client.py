@@ -114,8 +114,7 @@ class BrokerClient:
 
     def stream(self, watch: Watch, resend_s: float = 3.0, patience_s: float = 120.0) -> Iterator[Update]:
         """Updates of the watched requests, for as long as the caller iterates. The watch is renewed, so that it
-        survives
-        a restart of the broker; one that stays away for `patience_s` raises `BrokerUnreachable`.
+        survives a restart of the broker; one that stays away for `patience_s` raises `BrokerUnreachable`.
         """
         heard = time.monotonic()
         renew_at = 0.0

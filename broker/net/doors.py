@@ -29,6 +29,7 @@ from broker.protocol.messages import (
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
+TURN_BYTES = 64 * MIB  # what one turn takes from a door, whoever sends how much
 
 
 class Authenticator(Protocol):
@@ -95,7 +96,7 @@ class _Door:
         router.setsockopt(zmq.HANDSHAKE_IVL, 5000)
         router.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
         router.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
-        router.setsockopt(zmq.RCVHWM, 20_000)
+        router.setsockopt(zmq.RCVHWM, 64)
         router.setsockopt(zmq.SNDHWM, 20_000)
         router.setsockopt(zmq.BACKLOG, 512)
         if address.startswith("tcp://"):
@@ -125,12 +126,16 @@ class _Door:
         return True
 
     def _frames(self, limit: int) -> Iterator[tuple[bytes, list[bytes]]]:
+        taken_bytes = 0
         for _ in range(limit):
             try:
                 peer, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             yield peer, frames
+            taken_bytes += sum(map(len, frames))
+            if taken_bytes > TURN_BYTES:
+                return
 
     def _answer_errors(self, peer: bytes, read: Callable[[], None]) -> None:
         try:

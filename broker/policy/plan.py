@@ -1,10 +1,8 @@
 """The policy's face: one immutable plan from one look at the whole state.
 
 This policy is earliest deadline first: warm workers take the request whose deadline comes first; requests share a
-worker
-while that is nearly free or breaks no deadline; one more allocation is ordered when a deadline would else be missed
-and the
-new worker would be there in time; idle allocations beyond the floor are given back after a window.
+worker while that is nearly free or breaks no deadline; one more allocation is ordered when a deadline would else be
+missed and the new worker would be there in time; idle allocations beyond the floor are given back after a window.
 """
 
 from __future__ import annotations

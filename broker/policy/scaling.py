@@ -24,10 +24,10 @@ def forecast(
     state: State, pool: str, queue: list[Request], placed: list[tuple[int, int]], now: Now, *, extra: int = 0
 ) -> Forecast:
     """List-schedules `queue` (sorted by deadline), one request at a time on each worker, with `extra` allocations
-    ordered
-    now besides. Allocations on their way count from the moment they are expected, and only here: never in placement.
+    ordered now besides. Allocations on their way count from the moment they are expected, and only here: never in
+    placement.
     """
-    learned = state.knowledge(pool)
+    learned = state.known(pool)
     joining: dict[int, list[int]] = {}
     for request_id, allocation_id in placed:
         joining.setdefault(allocation_id, []).append(request_id)
@@ -66,8 +66,7 @@ def _expected_unix_s(allocation: Allocation, learned: Learned, now: Now) -> floa
 
 def wanted(state: State, pool: str, queue: list[Request], placed: list[tuple[int, int]], now: Now) -> list[str]:
     """One reason for each allocation to order now that `placed` are seated. Never beyond the cap, pending and draining
-    ones
-    counted; never while the pool is paused; for a deadline only if the new worker would save it."""
+    ones counted; never while the pool is paused; for a deadline only if the new worker would save it."""
     config = state.site.pools[pool]
     health = state.health.get(pool)
     if health and health.paused_until_unix_s > now.unix_s:
@@ -96,8 +95,7 @@ def _missed(queue: list[Request], ahead: Forecast) -> list[int]:
 
 def surplus(state: State, pool: str, now: Now) -> list[tuple[int, str]]:
     """Allocations of a pool without waiting requests to give back: not yet serving ones beyond the floor at once, idle
-    ones
-    after the window."""
+    ones after the window."""
     config = state.site.pools[pool]
     alive = [a for a in state.allocations_of(pool) if a.state is not AllocationState.DRAINING]
     spare = len(alive) - config.min_workers

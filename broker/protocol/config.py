@@ -109,8 +109,7 @@ class SiteConfig(_Table, frozen=True):
 
 class WorkerConfig(_Table, frozen=True):
     """What one allocation's worker is told, in a file that only its user may read (mode 0600): never in the job script
-    or
-    its environment, which Slurm may keep in its database."""
+    or its environment, which Slurm may keep in its database."""
 
     allocation: str
     key: str

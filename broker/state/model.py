@@ -1,8 +1,7 @@
 """The broker's knowledge: requests and allocations that have not ended, and what was learned from those that have.
 
 One `State` has one owner, which alone changes it, through `broker.core`. Every record that a transition touched is
-noted,
-so that the journal can store it in the same transaction as the event.
+noted, so that the journal can store it in the same transaction as the event.
 """
 
 from __future__ import annotations
@@ -194,7 +193,12 @@ class State(Struct, kw_only=True):
     def by_name(self, name: str) -> Allocation | None:
         return next((a for a in self.allocations.values() if a.name == name), None)
 
+    def known(self, pool: str) -> Learned:
+        """What was learned of the pool, for reading."""
+        return self.learned.get(pool) or Learned()
+
     def knowledge(self, pool: str) -> Learned:
+        """The same, to be added to."""
         return self.learned.setdefault(pool, Learned())
 
     def pool_health(self, pool: str) -> PoolHealth:

@@ -78,8 +78,7 @@ class Journal:
     """Opens or creates the journal at `path`.
 
     Raises `ConfigError` on a network filesystem or a file of another release, and `PromptTunerError` on a damaged one:
-    it
-    never starts empty in silence.
+    it never starts empty in silence.
     """
 
     def __init__(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -39,11 +40,14 @@ def broker() -> None:
 @click.option("--foreground", is_flag=True, help="Stay, and log to stderr.")
 def start(site: Path | None, models: tuple[str, ...], workers: int, template_dir: Path | None, foreground: bool) -> int:
     """Start a broker: with a site file on Slurm, with --model on this machine."""
+    from slurm_plugin.brokerd import main, site_of
+
     arguments = _arguments(site, models, workers, template_dir)
     if foreground:
-        from slurm_plugin.brokerd import main
-
         return main(arguments)
+    site_of(site, list(models), workers)  # tells every mistake before anything is started
+    if site is None:
+        _refuse_hidden(models)
     running = ask(site)
     if running is not None:
         raise Refused(f"a broker is running already (pid {running.pid})", "ptctl broker stop ends it")
@@ -60,13 +64,9 @@ def stop(site: Path | None, keep_workers: bool) -> int:
     with open_broker(site) as client:
         pid = expect(client.call(Info()), InfoReply).pid
         expect(client.call(Shutdown(end_workers=not keep_workers)), ShuttingDown)
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if ask(site) is None:
-            say("ptctl", f"the broker (pid {pid}) has stopped")
-            return 0
-        time.sleep(0.05)
-    raise PromptTunerError(f"the broker (pid {pid}) has not stopped within {STOP_TIMEOUT_S:g} s", "look at its log")
+    _wait_closed(site, pid)
+    say("ptctl", f"the broker (pid {pid}) has stopped")
+    return 0
 
 
 @broker.command("status")
@@ -107,6 +107,22 @@ def ask(site: Path | None) -> InfoReply | None:
         return None
 
 
+def _wait_closed(site: Path | None, pid: int) -> None:
+    """Returns when nobody listens any more: the broker closes its client socket last of all."""
+    from broker.net.client import check_listening
+    from slurm_plugin.contact import find_contact
+
+    address = find_contact(site)[0].address
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            check_listening(address)
+        except BrokerUnreachable:
+            return
+        time.sleep(0.02)
+    raise PromptTunerError(f"the broker (pid {pid}) has not stopped within {STOP_TIMEOUT_S:g} s", "look at its log")
+
+
 def launch(site: Path | None, arguments: list[str]) -> tuple[InfoReply, Path]:
     """Starts the daemon in a session of its own and returns once it answers.
 
@@ -114,7 +130,7 @@ def launch(site: Path | None, arguments: list[str]) -> tuple[InfoReply, Path]:
     """
     log_file = _log_file(site)
     command = [sys.executable, "-I", "-m", "slurm_plugin.brokerd", *arguments]
-    with open(log_file, "ab") as log:
+    with open(log_file, "ab", opener=_private) as log:
         offset = log.tell()
         daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -137,6 +153,22 @@ def _arguments(site: Path | None, models: tuple[str, ...], workers: int, templat
     if template_dir is not None:
         arguments.append(f"--template-dir={template_dir}")
     return arguments
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _refuse_hidden(models: tuple[str, ...]) -> None:
+    """A broker of --model that no command would find is not started."""
+    from slurm_plugin.contact import find_contact
+
+    contact, _ = find_contact()
+    if models and contact.auth != "owner":
+        raise Refused(
+            f"the site file in force names the broker at {contact.address}: commands would not find this one",
+            "leave out --model, or set PROMPTTUNER_CONF_DIR to a folder with an empty site.toml",
+        )
 
 
 def _log_file(site: Path | None) -> Path:

@@ -57,7 +57,8 @@ def demo(world: Path | None, workers: int, as_json: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="pt-demo-") as folder:
         os.environ["PROMPTTUNER_RUN_DIR"] = f"{folder}/run"
         os.environ["PROMPTTUNER_STATE_DIR"] = f"{folder}/state"
-        os.environ["PROMPTTUNER_CONF_DIR"] = folder  # this demo's broker, whatever site file there is
+        os.environ["PROMPTTUNER_CONF_DIR"] = folder
+        Path(folder, "site.toml").touch()  # this demo's broker, whatever other site file there is
         _tell(f"starting a broker and a warm worker: ptctl broker start --model tiny={world}/tiny --workers {workers}")
         launch(None, [f"--model=tiny={world / 'tiny'}", f"--workers={workers}"])
         with open_broker(None) as client:

@@ -114,7 +114,7 @@ class World:
             running=running or [],
             ready=False,
         )
-        answer = enlist(self.state, message, "right")
+        answer = enlist(self.state, message, "right", 7)
         return answer if isinstance(answer, Goodbye) else self.apply(answer)
 
     def ready(self, allocation_id: int, step_s: float = 0.1, per_request_s: float = 0.0) -> None:
