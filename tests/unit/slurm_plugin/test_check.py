@@ -26,7 +26,8 @@ def slurm(tmp_path: Path) -> FakeSlurm:
 def write(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Write:
     monkeypatch.setenv("PROMPTTUNER_STATE_DIR", str(tmp_path / "state"))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
 
     def write(pools: str, extra: str = "") -> Path:
         path = tmp_path / "site.toml"
