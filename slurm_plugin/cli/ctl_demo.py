@@ -54,7 +54,7 @@ def demo(world: Path | None, workers: int, as_json: bool) -> int:
     """
     world = world or find_data("small_world")
     tasks = _tasks(world)
-    with tempfile.TemporaryDirectory(prefix="pt-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pt-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["PROMPTTUNER_RUN_DIR"] = f"{folder}/run"
         os.environ["PROMPTTUNER_STATE_DIR"] = f"{folder}/state"
         os.environ["PROMPTTUNER_CONF_DIR"] = folder

@@ -241,12 +241,11 @@ def test_an_ordinary_user_has_a_whole_cluster_too_and_down_leaves_nothing(cluste
 
 
 @needs_root
-def test_up_refuses_a_directory_that_the_users_could_not_enter_and_makes_nothing(tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o700)
-    with pytest.raises(ClusterError, match="may not be entered by others"):
-        Cluster.up(closed / "cluster")
-    assert not any(closed.iterdir())
+def test_up_refuses_a_directory_that_the_users_could_not_enter_and_makes_nothing() -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as closed:
+        with pytest.raises(ClusterError, match="may not be entered by others"):
+            Cluster.up(Path(closed) / "cluster")
+        assert not any(Path(closed).iterdir())
 
 
 def test_two_clusters_share_no_name_and_each_port_serves_one_daemon() -> None:
