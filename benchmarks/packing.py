@@ -186,7 +186,7 @@ def concurrent_s(folder: Path, case: Case, runs: int, device: str) -> float:
     ]
     for worker in workers:
         worker.start()
-    taken = [out.get(timeout=600) for _ in workers]
+    taken: list[float] = [out.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
     return sum(taken) if device == "cpu" else max(taken)

@@ -24,7 +24,7 @@ _KEPT_A_LAYER = 14.4
 _PAIR_BYTES = 5  # of the attention mask, for each query and key of a row
 _USABLE = {"cpu": 0.5, "cuda": 0.8}  # of what is free: on a CPU others have their share of it
 _ALLOCATOR_WORDS = ("can't allocate memory", "out of memory", "not enough memory")
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ def _available_bytes() -> int:
 def _cgroup_room_bytes() -> list[int]:
     """What the limits above this process, a Slurm job's among them, still leave to it."""
     try:
-        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        own = next(line[3:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
         return []
     group, rooms = _CGROUPS / own.lstrip("/"), []
