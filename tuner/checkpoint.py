@@ -47,7 +47,7 @@ class Checkpoints:
         kept = self._meta(path)
         if kept is not None and kept.attempt > run.assign.attempt:
             return False
-        meta = _Meta(spec_digest, run.assign.attempt, run.step, run.history)
+        meta = _Meta(spec_digest, run.assign.attempt, run.state.step, run.history)
         tensors = {"prompt": run.state.prompt, "m": run.state.m, "v": run.state.v, "best": run.best_prompt}
         data = safetensors.torch.save(
             {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},

@@ -94,15 +94,15 @@ class BatchOrder:
 
     def __init__(self, rows: int, batch_size: int, seed: int) -> None:
         self._rows = rows
-        self._batch_size = min(batch_size, rows)
+        self.batch_size = min(batch_size, rows)
         self._seed = seed
         self._epoch = -1
         self._order: list[int] = []
 
     def batch(self, step: int) -> list[int]:
         """The row numbers of a step; steps count from 0."""
-        first = step * self._batch_size
-        return [self._row(position) for position in range(first, first + self._batch_size)]
+        first = step * self.batch_size
+        return [self._row(position) for position in range(first, first + self.batch_size)]
 
     def _row(self, position: int) -> int:
         epoch, place = divmod(position, self._rows)

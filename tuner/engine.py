@@ -12,29 +12,33 @@ import torch
 from torch import Tensor
 
 from bank.store import Bank
+from broker.protocol.errors import DataError
 from broker.protocol.messages import Assign, Profile, RequestSpec
 from broker.protocol.states import Init
 from tuner import packing, result
 from tuner.checkpoint import Checkpoints
 from tuner.data import BatchOrder, Dataset, Example, load_dataset, spec_digest
+from tuner.memory import Budget, bytes_per_request, usable_bytes
 from tuner.model import Base
 from tuner.optimizer import PromptState, update
-from tuner.run import History, Point, Run
+from tuner.run import History, Restart, Run
 from tuner.start import first_prompt, random_prompt
+from tuner.ways import fastest
 
 _log = logging.getLogger(__name__)
 
-_ALLOCATOR_WORDS = ("can't allocate memory", "out of memory", "not enough memory")
 _PROFILED_REQUESTS = 4
 _TRIALS = 3
 
 
 class Engine:
-    """All that a session does with tensors. Any call may raise an out-of-memory error (`is_out_of_memory` knows them);
-    then nothing has changed."""
+    """All that a session does with tensors. A step that does not fit into memory is split, to single rows if need be.
+    Any call may raise an out-of-memory error all the same; then nothing has changed."""
 
     def __init__(self, base: Base, bank: Bank, checkpoints: Checkpoints) -> None:
-        self._base = base
+        self._base = fastest(base)
+        self._budget = Budget.of(self._base)
+        _log.info("%s: %s, at most %d tokens a pass", base.path, self._base.ways.words, self._budget.max_tokens)
         self._bank = bank
         self._checkpoints = checkpoints
 
@@ -44,34 +48,51 @@ class Engine:
         Raises `DataError` for rows or settings that cannot be used."""
         base, spec = self._base, assign.spec
         data = load_dataset(base, spec, assign.train, assign.eval)
-        order = BatchOrder(len(data.train), spec.batch_size, spec.seed)
+        self._check_room(data, spec.virtual_tokens)
+        order = BatchOrder(len(data.train), spec.batch_size * spec.accumulate_steps, spec.seed)
         kept = self._checkpoints.load(assign.request_id, spec_digest(spec, base.digest), base, spec.virtual_tokens)
         if kept is not None:
             return Run(assign, data, order, kept.state, kept.best_prompt, kept.history)
-        start = first_prompt(base, self._bank, assign, data.train)
+        start = first_prompt(base, self._bank, assign, data.train, self._budget.max_tokens)
         history = History(start=start.name, lookup_s=start.lookup_s)
         return Run(assign, data, order, PromptState.new(start.prompt), start.prompt, history)
 
     def train(self, runs: Sequence[Run]) -> list[str]:
         """One optimizer step of every run; for each, what went wrong with it alone, or "" ."""
         states = [run.state for run in runs]
-        lengths = [len(state.prompt) for state in states]
+        prompts, lengths = [state.prompt for state in states], [len(state.prompt) for state in states]
         rows = [(i, run.data.train[row]) for i, run in enumerate(runs) for row in run.order.batch(run.step)]
-        pack = packing.collate(rows, lengths, self._base.device)
-        losses, slope = packing.gradient(self._base, torch.cat([state.prompt for state in states]), pack)
-        update(states, [run.spec.rate for run in runs], slope, self._base.embedding_rms)
-        return [_fault(*values) for values in zip(runs, losses.tolist(), _finite(slope, lengths), strict=True)]
+        losses, slope = self._budget.within(
+            lambda most: packing.gradient(self._base, prompts, rows, most),
+            lambda most: packing.plan(self._base, lengths, rows, most).splittable,
+        )
+        update(states, [run.rule for run in runs], slope, self._base.embedding_rms)
+        found = torch.stack([losses, _finite(slope, lengths)]).tolist()  # one wait for the device
+        return [_fault(run, loss, bool(finite)) for run, loss, finite in zip(runs, *found, strict=True)]
 
     def evaluate(self, tasks: Sequence[tuple[Run, Tensor, int]]) -> list[Run]:
         """Evaluates each (run, prompt, step) and records it in the run; returns the runs whose loss is not finite."""
-        scores = packing.score(self._base, [(prompt, run.data.eval) for run, prompt, _ in tasks])
+        scored = [(prompt, run.data.eval) for run, prompt, _ in tasks]
+        lengths = [len(prompt) for prompt, _ in scored]
+        rows = [(i, example) for i, (_, examples) in enumerate(scored) for example in examples]
+        scores = self._budget.within(
+            lambda most: packing.score(self._base, scored, most),
+            lambda most: packing.plan(self._base, lengths, rows, min(most, packing.SCORED_TOKENS)).splittable,
+        )
         broken = []
         for (run, prompt, step), found in zip(tasks, scores, strict=True):
             if math.isfinite(found.loss):
-                run.record(Point(step, found.loss, found.accuracy), prompt)
+                run.record(step, found.loss, found.accuracy, prompt)
             else:
                 broken.append(run)
         return broken
+
+    def move_on(self, run: Run) -> None:
+        """Lets a run that stalled begin anew from noise; its best prompt so far stays."""
+        spec = run.spec
+        _log.info("request %d stalls at step %d and moves on to a random start", run.assign.request_id, run.step)
+        run.history.restart = Restart(run.step, "random")
+        run.state = PromptState.new(random_prompt(self._base, spec.virtual_tokens, spec.seed))
 
     def keep(self, run: Run) -> None:
         """Writes the run's checkpoint. A disk that refuses costs at most the steps since the last one: it is logged."""
@@ -103,7 +124,23 @@ class Engine:
         one = self._seconds(1)
         several = self._seconds(_PROFILED_REQUESTS)
         per_request_s = max(0.0, (several - one) / (_PROFILED_REQUESTS - 1))
-        return Profile(base_s=max(0.0, one - per_request_s), per_request_s=per_request_s)
+        virtual_tokens = self._made_up(0).spec.virtual_tokens
+        return Profile(
+            base_s=max(0.0, one - per_request_s),
+            per_request_s=per_request_s,
+            bytes_per_token=self._budget.bytes_per_token,
+            bytes_per_request=bytes_per_request(self._base, virtual_tokens),
+        )
+
+    def _check_room(self, data: Dataset, virtual_tokens: int) -> None:
+        """Raises `DataError` when the longest row by itself does not fit into memory: no splitting helps there."""
+        longest = virtual_tokens + max(map(len, data.train + data.eval))
+        needed, free = self._budget.row_bytes(longest), usable_bytes(self._base.device)
+        if needed > free:
+            raise DataError(
+                f"a row of {longest} tokens takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                "shorten the row",
+            )
 
     def _seconds(self, requests: int) -> float:
         runs = [self._made_up(seed) for seed in range(requests)]
@@ -125,23 +162,11 @@ class Engine:
         return Run(assign, Dataset(examples, examples), order, PromptState.new(prompt), prompt, History("random", 0.0))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATOR_WORDS)
-
-
-def release_memory() -> None:
-    """Gives cached GPU memory back after an allocation failed."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _finite(slope: Tensor, lengths: list[int]) -> list[bool]:
-    rows: list[bool] = torch.isfinite(slope).all(dim=1).tolist()
-    ends = np.cumsum(lengths).tolist()
-    return [all(rows[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
+def _finite(slope: Tensor, lengths: list[int]) -> Tensor:
+    """Of each prompt, whether its gradient is."""
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(slope.device)
+    bad = (~torch.isfinite(slope).all(dim=1)).float()
+    return torch.zeros(len(lengths), device=slope.device).index_add_(0, owner, bad) == 0
 
 
 def _fault(run: Run, loss: float, finite: bool) -> str:

@@ -25,6 +25,21 @@ _HASH_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
+class Ways:
+    """The shortcuts that a model allows, each exact. Without them every row carries its own copy of its prompt through
+    the whole model, head included: the reference."""
+
+    shared_prefix: bool = False  # a prompt's keys and values, computed once, serve all its rows
+    bare_head: bool = False  # the head may be put on chosen places of the backbone's last hidden states
+    pass_tokens: float = 0.0  # what one more forward pass costs, in tokens
+
+    @property
+    def words(self) -> str:
+        """For the log."""
+        return f"shared_prefix={self.shared_prefix} bare_head={self.bare_head} pass_tokens={self.pass_tokens:.0f}"
+
+
+@dataclass(frozen=True, slots=True)
 class Base:
     """One base model on its device: frozen, without dropout. No gradient ever reaches its weights."""
 
@@ -41,6 +56,8 @@ class Base:
     vocabulary: int  # tokens that it chooses among
     embedding_rms: float  # of the input embeddings: the size of a neutral first prompt
     accepts: frozenset[str]  # optional arguments of its forward
+    window: int | None = None  # how far back some of its layers look; None: to the first token
+    ways: Ways = Ways()  # the plain one until `tuner.ways` has tried the others
 
     def embed(self, ids: Tensor) -> Tensor:
         """The input embeddings of token ids."""
@@ -176,4 +193,5 @@ def _describe(path: str, digest: str, model: Any, tokenizer: Any) -> Base:
         vocabulary=int(config.vocab_size),
         embedding_rms=float(weight.float().pow(2).mean().sqrt()),
         accepts=frozenset(inspect.signature(model.forward).parameters),
+        window=getattr(config, "sliding_window", None),
     )

@@ -1,14 +1,14 @@
-"""Several requests in one forward and backward pass.
+"""Several requests in one training step: each row is [its request's virtual tokens][its own tokens].
 
-Each row is [its request's virtual tokens][its own tokens], padded on the right. Rows do not see each other, so that a
-request's loss and gradient are what it would have alone. `target_logits` is the one place that knows how rows meet the
-model: sharing a prompt's keys and values between its rows, or sorting rows by length, changes nothing else.
+Rows do not see each other, so that a request's loss and gradient are what it would have alone. A step runs in as many
+forward and backward passes as its rows' lengths and the memory ask for; what comes out is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,29 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from tuner.batches import batches, padded_tokens
 from tuner.data import Example
+from tuner.forward import Pack, collate, plain_logits, prefix_of, text_logits
 from tuner.model import Base
 
-_SCORED_TOKENS = 16_384  # in one forward pass without gradients: bounds its memory, whatever the number of rows
+SCORED_TOKENS = 16_384  # in one forward pass without gradients: bounds its memory, whatever the number of rows
+UNBOUNDED = 1 << 62
 
 PackRow = tuple[int, Example]  # which of the pack's prompts, and the row
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """Rows as tensors on the model's device. Prompts are the rows of one matrix, each prompt a run of them."""
-
-    ids: Tensor  # [rows, length]; 0 where virtual tokens and padding stand
-    mask: Tensor  # [rows, length]
-    virtual_row: Tensor  # where each virtual token goes, and which row of the prompt matrix it is
-    virtual_place: Tensor
-    virtual_source: Tensor
-    label_row: Tensor  # of each target token: its row,
-    label_place: Tensor  # the place whose logits predict it, as an index into `kept`,
-    label_id: Tensor  # the token,
-    label_prompt: Tensor  # and whose loss it counts in
-    kept: Tensor  # the places that predict a target token in any row
-    targets: Tensor  # [prompts]: how many target tokens each has
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,112 +35,114 @@ class Score:
     accuracy: float
 
 
-def collate(rows: Sequence[PackRow], lengths: Sequence[int], device: torch.device) -> Pack:
-    """Packs rows; `lengths` are the prompts' numbers of virtual tokens."""
-    examples = [example for _, example in rows]
-    owner = np.array([prompt for prompt, _ in rows])
-    virtual = np.array(lengths)[owner]
-    ends = virtual + np.array([len(example) for example in examples])
-    ids = np.zeros((len(rows), int(ends.max())), dtype=np.int64)
-    for row, example in enumerate(examples):
-        ids[row, virtual[row] : ends[row]] = example.tokens
-    virtual_row, virtual_place = _spans(np.zeros_like(virtual), virtual)
-    targets = np.array([example.targets for example in examples])
-    label_row, label_place = _spans(ends - targets, targets)
-    kept, kept_index = np.unique(label_place - 1, return_inverse=True)
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a step's rows meet the model."""
 
-    def to_device(array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-    return Pack(
-        ids=to_device(ids),
-        mask=to_device((np.arange(ids.shape[1]) < ends[:, None]).astype(np.int64)),
-        virtual_row=to_device(virtual_row),
-        virtual_place=to_device(virtual_place),
-        virtual_source=to_device((np.cumsum(lengths) - lengths)[owner[virtual_row]] + virtual_place),
-        label_row=to_device(label_row),
-        label_place=to_device(kept_index),
-        label_id=to_device(ids[label_row, label_place]),
-        label_prompt=to_device(owner[label_row]),
-        kept=to_device(kept),
-        targets=to_device(np.bincount(owner, targets, minlength=len(lengths)).astype(np.int64)),
-    )
+    shared: bool  # each prompt is computed once, ahead of its rows
+    passes: list[NDArray[np.int64]]  # the row numbers of each
+    tokens: int  # all that is computed, virtual tokens and padding included
+    splittable: int  # the tokens of the largest pass of several rows, or of several prompts; 0 if there is none
 
 
-def _spans(first: NDArray[np.int64], count: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each row the places `first`, `first` + 1, ... , `count` of them: all rows' numbers, and the places."""
-    row = np.repeat(np.arange(len(count)), count)
-    place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
-    return row, place
+def plan(base: Base, lengths: Sequence[int], rows: Sequence[PackRow], max_tokens: int = UNBOUNDED) -> Plan:
+    """The cheaper of the ways that `base` allows, by the tokens computed; `lengths` are the prompts' numbers of virtual
+    tokens. A pass has at most `max_tokens`, unless it is a single row."""
+    virtual = np.array(lengths)[[prompt for prompt, _ in rows]]
+    text = np.array([len(example) for _, example in rows])
+    ways = base.ways
+    cut = batches(virtual + text, ways.pass_tokens, max_tokens)
+    plain = Plan(False, cut, padded_tokens(virtual + text, cut), _splittable(virtual + text, cut))
+    longest = max(lengths)
+    # A prompt shorter than the longest is filled up behind its end: a layer that counts back a window's length of
+    # places would then count the filling too.
+    beyond = base.window is not None and longest + int(text.max()) > base.window
+    if not ways.shared_prefix or beyond or len(lengths) * longest > max_tokens:
+        return plain
+    cut = batches(text, ways.pass_tokens, max_tokens)
+    prefix = len(lengths) * longest
+    splittable = max(prefix if len(lengths) > 1 else 0, _splittable(text, cut))
+    shared = Plan(True, cut, prefix + padded_tokens(text, cut), splittable)
+    dearer = (len(shared.passes) + 1 - len(plain.passes)) * ways.pass_tokens
+    return shared if shared.tokens + dearer < plain.tokens else plain
 
 
-def target_logits(base: Base, prompts: Tensor, pack: Pack) -> Tensor:
-    """The logits that predict each target token, [targets, vocabulary] in float32, differentiable in `prompts`: the
-    prompt matrix [all virtual tokens, hidden size] in float32."""
-    # Autograd's graph begins at the prompts: neither the embeddings nor the weights take part in it.
-    embedded = base.embed(pack.ids).detach()
-    virtual = prompts.index_select(0, pack.virtual_source).to(embedded.dtype)
-    rows = embedded.index_put((pack.virtual_row, pack.virtual_place), virtual)
-    options: dict[str, object] = {"use_cache": False}
-    if "position_ids" in base.accepts:
-        options["position_ids"] = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
-    sliced = "logits_to_keep" in base.accepts
-    if sliced:
-        options["logits_to_keep"] = pack.kept
-    logits: Tensor = base.model(inputs_embeds=rows, attention_mask=pack.mask, **options).logits
-    place = pack.label_place if sliced else pack.kept[pack.label_place]
-    return logits[pack.label_row, place].float()
+def _splittable(lengths: NDArray[np.int64], cut: list[NDArray[np.int64]]) -> int:
+    return max((padded_tokens(lengths, [rows]) for rows in cut if len(rows) > 1), default=0)
 
 
-def losses(logits: Tensor, pack: Pack) -> Tensor:
-    """Each prompt's mean loss over its target tokens, [prompts]."""
-    each = functional.cross_entropy(logits, pack.label_id, reduction="none")
-    total = torch.zeros(len(pack.targets), device=each.device).index_add(0, pack.label_prompt, each)
-    return total / pack.targets
+def gradient(
+    base: Base, prompts: Sequence[Tensor], rows: Sequence[PackRow], max_tokens: int = UNBOUNDED
+) -> tuple[Tensor, Tensor]:
+    """Each prompt's mean loss over the target tokens of its rows, and the gradient of its own loss with respect to its
+    virtual tokens, one prompt below the other. A loss that is not finite spoils only its own prompt's gradient."""
+    lengths = [len(prompt) for prompt in prompts]
+    leaf = torch.cat(list(prompts)).detach().requires_grad_(True)
+    targets = _targets(rows, len(lengths)).to(base.device)
+    loss = torch.zeros(len(lengths), device=base.device)
 
+    def learn(logits: Tensor, pack: Pack) -> None:
+        each = functional.cross_entropy(logits, pack.label_id, reduction="none") / targets[pack.label_prompt]
+        # The sum's gradient is each prompt's own: no row of another takes part in a loss.
+        each.sum().backward()  # type: ignore[no-untyped-call]
+        loss.index_add_(0, pack.label_prompt, each.detach())
 
-def gradient(base: Base, prompts: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-    """Each prompt's mean loss, and the gradient of its own loss with respect to its virtual tokens. A loss that is not
-    finite spoils only its own prompt's gradient."""
-    leaf = prompts.detach().requires_grad_(True)
-    loss = losses(target_logits(base, leaf, pack), pack)
-    (slope,) = torch.autograd.grad(loss.sum(), leaf)
-    return loss.detach(), slope
+    how = plan(base, lengths, rows, max_tokens)
+    if how.shared:
+        prefix = prefix_of(base, leaf, lengths, _without_input(rows))
+        for pack in _packs(base, lengths, rows, how):
+            learn(text_logits(base, prefix, pack), pack)
+        prefix.backward()
+    else:
+        for pack in _packs(base, lengths, rows, how):
+            learn(plain_logits(base, leaf, pack), pack)
+    assert leaf.grad is not None
+    return loss, leaf.grad
 
 
 @torch.no_grad()
-def score(base: Base, tasks: Sequence[tuple[Tensor, Sequence[Example]]]) -> list[Score]:
+def score(
+    base: Base, tasks: Sequence[tuple[Tensor, Sequence[Example]]], max_tokens: int = SCORED_TOKENS
+) -> list[Score]:
     """Scores each prompt on its rows, many of them in one forward pass."""
-    prompts = [prompt for prompt, _ in tasks]
-    matrix, lengths = torch.cat(prompts), [len(prompt) for prompt in prompts]
+    lengths = [len(prompt) for prompt, _ in tasks]
+    matrix = torch.cat([prompt for prompt, _ in tasks])
     rows = [(task, example) for task, (_, examples) in enumerate(tasks) for example in examples]
+    how = plan(base, lengths, rows, min(max_tokens, SCORED_TOKENS))
+    logits_of: Callable[[Pack], Tensor] = partial(plain_logits, base, matrix)
+    if how.shared:
+        logits_of = partial(text_logits, base, prefix_of(base, matrix, lengths, _without_input(rows)))
     loss, right = np.zeros(len(tasks)), np.zeros(len(tasks))
-    for chunk in _chunks(rows, lengths):
-        pack = collate(chunk, lengths, base.device)
-        logits = target_logits(base, matrix, pack)
-        each = functional.cross_entropy(logits, pack.label_id, reduction="none").double()
-        wrong = logits.argmax(dim=1) != pack.label_id
-        row_loss = torch.zeros(len(chunk), device=base.device, dtype=each.dtype).index_add(0, pack.label_row, each)
-        row_wrong = torch.zeros(len(chunk), device=base.device).index_add(0, pack.label_row, wrong.float())
-        owners = [task for task, _ in chunk]
-        np.add.at(loss, owners, row_loss.cpu().numpy())
-        np.add.at(right, owners, (row_wrong == 0).cpu().numpy())
-    targets = [sum(example.targets for example in examples) for _, examples in tasks]
+    for pack in _packs(base, lengths, rows, how):
+        row_loss, row_right = _judge(logits_of(pack), pack)
+        np.add.at(loss, pack.owners, row_loss)
+        np.add.at(right, pack.owners, row_right)
+    targets = _targets(rows, len(tasks)).tolist()
     return [
         Score(loss=float(loss[task]) / targets[task], accuracy=float(right[task]) / len(examples))
         for task, (_, examples) in enumerate(tasks)
     ]
 
 
-def _chunks(rows: list[PackRow], lengths: Sequence[int]) -> list[list[PackRow]]:
-    """Cuts `rows`, in their order, so that a chunk stays within the token bound when padded."""
-    chunks: list[list[PackRow]] = []
-    width = 0
-    for row in rows:
-        length = lengths[row[0]] + len(row[1])
-        if not chunks or max(width, length) * (len(chunks[-1]) + 1) > _SCORED_TOKENS:
-            chunks.append([])
-            width = 0
-        width = max(width, length)
-        chunks[-1].append(row)
-    return chunks
+def _judge(logits: Tensor, pack: Pack) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Of each row: the sum of its target tokens' losses, and whether all of them are the likeliest."""
+    each = functional.cross_entropy(logits, pack.label_id, reduction="none").double()
+    wrong = (logits.argmax(dim=1) != pack.label_id).double()
+    found = torch.zeros(2, len(pack.ids), device=each.device, dtype=each.dtype)
+    loss, misses = found.index_add_(1, pack.label_row, torch.stack([each, wrong])).cpu().numpy()
+    return loss, misses == 0
+
+
+def _packs(base: Base, lengths: Sequence[int], rows: Sequence[PackRow], how: Plan) -> Iterator[Pack]:
+    for numbers in how.passes:
+        yield collate([rows[row] for row in numbers.tolist()], lengths, base.device, with_prompts=not how.shared)
+
+
+def _targets(rows: Sequence[PackRow], prompts: int) -> Tensor:
+    owners = [prompt for prompt, _ in rows]
+    return torch.from_numpy(np.bincount(owners, [example.targets for _, example in rows], minlength=prompts)).float()
+
+
+def _without_input(rows: Sequence[PackRow]) -> list[int]:
+    """The prompts whose last virtual token predicts the first target token of a row: that row has no input."""
+    return sorted({prompt for prompt, example in rows if example.targets == len(example)})

@@ -78,6 +78,7 @@ def _report(base: Base, run: Run) -> dict[str, Any]:
         "spec": msgspec.to_builtins(run.spec),
         "base_digest": base.digest,
         "start": run.history.start,
+        "restart": msgspec.to_builtins(run.history.restart),
         "lookup_s": run.history.lookup_s,
         "steps": run.step,
         "target_reached": run.target_reached,

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from broker.protocol.messages import Assign, RequestSpec
-from broker.protocol.states import Metric
+from broker.protocol.states import Metric, Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tuner.data import BatchOrder, Dataset
-    from tuner.optimizer import PromptState
+    from tuner.optimizer import PromptState, StepRule
 
+_STALL_STEPS, _STALL_EVALUATIONS = 30, 6  # both at least: a shorter window takes slow starts for stalled ones
+_STALL_SHARE = 0.9  # of the best loss before the window: what the window must reach
 _CONVERGED_SHARE = 0.8  # without a target: the loss must fall to this share of the first prompt's
 
 
@@ -26,6 +28,7 @@ class Point(Struct, frozen=True, forbid_unknown_fields=True):
     step: int
     loss: float
     accuracy: float
+    start: int = 0  # which of the request's first prompts it comes from
 
     def score(self, metric: Metric) -> float:
         return self.loss if metric is Metric.LOSS else self.accuracy
@@ -39,6 +42,13 @@ class Point(Struct, frozen=True, forbid_unknown_fields=True):
         return self.loss < other.loss
 
 
+class Restart(Struct, frozen=True, forbid_unknown_fields=True):
+    """A request that stalled moved on to another first prompt."""
+
+    step: int
+    start: str
+
+
 class History(Struct, forbid_unknown_fields=True):
     """What a request's next attempt must know besides the tensors."""
 
@@ -47,6 +57,7 @@ class History(Struct, forbid_unknown_fields=True):
     first_step_unix_s: float = 0.0
     curve: list[Point] = []
     best: Point | None = None
+    restart: Restart | None = None
 
 
 @dataclass(slots=True)
@@ -68,7 +79,22 @@ class Run:
 
     @property
     def step(self) -> int:
-        return self.state.step
+        """Updates so far, those of a first prompt that was given up included."""
+        return self._restart_step + self.state.step
+
+    @property
+    def steps(self) -> int:
+        """How many updates it gets at most."""
+        epochs, rows = self.spec.epochs, len(self.data.train)
+        if epochs is None:
+            return self.spec.max_steps
+        return min(self.spec.max_steps, max(1, math.ceil(epochs * rows / self.order.batch_size)))
+
+    @property
+    def rule(self) -> StepRule:
+        from tuner.optimizer import StepRule
+
+        return StepRule.of(self.spec, self.steps - self._restart_step)
 
     @property
     def metric(self) -> Metric:
@@ -80,16 +106,16 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        return self.step % self.spec.eval_every == 0 or self.step >= self.spec.max_steps
+        return self.step % self.spec.eval_every == 0 or self.step >= self.steps
 
     @property
-    def step_tokens(self) -> int:
-        """How much one step of it asks of the memory: rows by the longest row."""
-        rows = min(self.spec.batch_size, len(self.data.train))
-        return rows * (self.spec.virtual_tokens + max(map(len, self.data.train)))
+    def longest_row(self) -> int:
+        """The tokens of its longest row, virtual ones included: what cannot be split."""
+        return self.spec.virtual_tokens + max(map(len, self.data.train + self.data.eval))
 
-    def record(self, point: Point, prompt: Tensor) -> None:
+    def record(self, step: int, loss: float, accuracy: float, prompt: Tensor) -> None:
         """Takes one evaluation of `prompt` into the curve, and the prompt if it is the best so far."""
+        point = Point(step, loss, accuracy, 0 if self.history.restart is None else 1)
         self.history.curve.append(point)
         if point.better_than(self.history.best, self.metric):
             self.history.best = point
@@ -99,6 +125,38 @@ class Run:
     def target_reached(self) -> bool:
         target, best = self.spec.target_score, self.history.best
         return target is not None and best is not None and self.metric.reached(best.score(self.metric), target)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to do: target reached, no more steps, or no more patience."""
+        return self.target_reached or self.step >= self.steps or self._out_of_patience
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it should move on to another first prompt, just after an evaluation: it has a target and is not
+        getting nearer. Noise takes the place of a prompt that means something already; nothing takes the place of
+        noise, which does not pay, or of plain AdamW, which does as it is told."""
+        spec, history = self.spec, self.history
+        if spec.target_score is None or self.target_reached or spec.rule is not Rule.SCALED:
+            return False
+        if history.restart is not None or history.start == "random" or history.curve[-1].step != self.step:
+            return False
+        window = max(_STALL_EVALUATIONS, math.ceil(_STALL_STEPS / spec.eval_every))
+        losses = [point.loss for point in history.curve]
+        return len(losses) > window and min(losses[-window:]) > _STALL_SHARE * min(losses[:-window])
+
+    @property
+    def _restart_step(self) -> int:
+        return 0 if self.history.restart is None else self.history.restart.step
+
+    @property
+    def _out_of_patience(self) -> bool:
+        history = self.history
+        if self.spec.patience is None or history.best is None:
+            return False
+        since_best = len(history.curve) - 1 - history.curve.index(history.best)
+        since_start = sum(point.start == history.curve[-1].start for point in history.curve)
+        return min(since_best, since_start) >= self.spec.patience
 
     @property
     def converged(self) -> bool:

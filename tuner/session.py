@@ -104,7 +104,8 @@ class Session:
     def step(self) -> list[Progress | Ended]:
         """One packed optimizer step of all requests, with what is due after it: evaluations, checkpoints, ends.
 
-        Every message carries epoch 0. A request that does not fit into memory ends; the others lose no step."""
+        Every message carries epoch 0. A request of which not even a single row fits into memory ends; the others lose
+        no step."""
         said, self._ended = self._ended, []
         if not self._runs:
             return said
@@ -131,7 +132,8 @@ class Session:
         return self._loaded
 
     def _within_memory(self, work: Callable[[Sequence[Run]], list[Ended]]) -> list[Ended]:
-        """What `work` says of the running requests; as long as they do not fit into memory, the largest ends."""
+        """What `work` says of the running requests; as long as single rows do not fit into memory, the request with the
+        longest one ends."""
         ended: list[Ended] = []
         while self._runs:
             try:
@@ -160,9 +162,11 @@ class Session:
         return [self._end_failed(run, f"the evaluation loss is not finite at step {run.step}") for run in unique]
 
     def _after_step(self, run: Run) -> list[Progress | Ended]:
-        if run.target_reached or run.step >= run.spec.max_steps:
+        if run.over:
             # A request may be done with its first step: its start is always told.
             return [self._progress(run), self._end_completed(run)]
+        if run.stalled:
+            self._engine.move_on(run)
         now_mono_s = time.monotonic()
         if now_mono_s - run.kept_mono_s >= self._checkpoint_s:
             self._engine.keep(run)
@@ -181,7 +185,7 @@ class Session:
             step=run.step,
             loss=latest.loss if latest else None,
             score=latest.score(run.metric) if latest else None,
-            remaining_s=(run.spec.max_steps - run.step) * self._step_s,
+            remaining_s=(run.steps - run.step) * self._step_s,
             start=run.history.start,
             lookup_s=run.history.lookup_s,
             first_step_unix_s=run.history.first_step_unix_s,
@@ -199,9 +203,9 @@ class Session:
         return _end(run.assign, RequestState.FAILED, step=run.step, error=error)
 
     def _end_largest(self, error: BaseException) -> Ended:
-        largest = max(self._runs.values(), key=lambda run: run.step_tokens)
+        largest = max(self._runs.values(), key=lambda run: run.longest_row)
         self._drop(largest)
-        message = f"out of memory in a step of {largest.step_tokens} tokens: use a smaller --batch-size or shorter rows"
+        message = f"out of memory in a row of {largest.longest_row} tokens: use shorter rows or fewer virtual tokens"
         _log.warning("request %d: %s: %s", largest.assign.request_id, message, error)
         return _end(largest.assign, RequestState.OUT_OF_MEMORY, step=largest.step, error=message)
 
@@ -210,7 +214,7 @@ class Session:
         self._engine.forget(run.assign.request_id, run.assign.attempt)
 
     def _out_of_memory(self, error: BaseException) -> bool:
-        from tuner.engine import is_out_of_memory, release_memory
+        from tuner.memory import is_out_of_memory, release_memory
 
         if not is_out_of_memory(error):
             return False

@@ -18,7 +18,7 @@ from broker.protocol.messages import Assign
 from broker.protocol.states import Init
 from tuner.data import Example
 from tuner.model import Base
-from tuner.packing import score
+from tuner.packing import SCORED_TOKENS, score
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +37,11 @@ class Start:
     lookup_s: float = 0.0
 
 
-def first_prompt(base: Base, bank: Bank, assign: Assign, train: Sequence[Example]) -> Start:
-    """The first prompt that `assign` asks for. A bank without anything better than random numbers gives those.
+def first_prompt(
+    base: Base, bank: Bank, assign: Assign, train: Sequence[Example], max_tokens: int = SCORED_TOKENS
+) -> Start:
+    """The first prompt that `assign` asks for. A bank without anything better than random numbers gives those; its
+    prompts are scored in passes of at most `max_tokens`.
 
     Raises `DataError` for an initial text without tokens."""
     spec = assign.spec
@@ -49,7 +52,7 @@ def first_prompt(base: Base, bank: Bank, assign: Assign, train: Sequence[Example
         return Start(neutral, "random")
     began_mono_s = time.monotonic()
     found = _candidates(base, bank, assign)
-    name = _best(base, neutral, found, _samples(train, spec.seed))
+    name = _best(base, neutral, found, _samples(train, spec.seed), max_tokens)
     return Start(found.get(name, neutral), name, time.monotonic() - began_mono_s)
 
 
@@ -88,22 +91,22 @@ def _samples(train: Sequence[Example], seed: int) -> list[Example]:
     return [train[i] for i in order.tolist()]
 
 
-def _best(base: Base, neutral: Tensor, found: dict[str, Tensor], samples: list[Example]) -> str:
+def _best(base: Base, neutral: Tensor, found: dict[str, Tensor], samples: list[Example], max_tokens: int) -> str:
     """The candidate of lowest loss, of equal ones the newest. It must also beat the neutral prompt ("random") and a
     uniform guess: a prompt that is surer of wrong answers than a guess must be untaught first, and takes more steps
     than noise does."""
     if not found:
         return "random"
     if len(found) > _FINALISTS:
-        losses = _losses(base, found, samples[:_FIRST_SAMPLES])
+        losses = _losses(base, found, samples[:_FIRST_SAMPLES], max_tokens)
         found = {name: found[name] for name in sorted(found, key=losses.__getitem__)[:_FINALISTS]}
-    losses = _losses(base, {"random": neutral, **found}, samples)
+    losses = _losses(base, {"random": neutral, **found}, samples, max_tokens)
     losses["random"] = min(losses["random"], math.log(base.vocabulary))
     return min(losses, key=losses.__getitem__)
 
 
-def _losses(base: Base, prompts: dict[str, Tensor], samples: list[Example]) -> dict[str, float]:
+def _losses(base: Base, prompts: dict[str, Tensor], samples: list[Example], max_tokens: int) -> dict[str, float]:
     """Each prompt's loss; infinite where it is no number."""
-    scores = score(base, [(prompt, samples) for prompt in prompts.values()])
+    scores = score(base, [(prompt, samples) for prompt in prompts.values()], max_tokens)
     losses = [found.loss if math.isfinite(found.loss) else math.inf for found in scores]
     return dict(zip(prompts, losses, strict=True))

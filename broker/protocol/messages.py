@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from broker.protocol.errors import PromptTunerError, ProtocolMismatch
-from broker.protocol.states import AllocationState, Init, Metric, OnMiss, RequestState, Share
+from broker.protocol.states import AllocationState, Init, Metric, OnMiss, RequestState, Rule, Schedule, Share
 
 PROTOCOL = 1
 
@@ -60,6 +60,14 @@ class RequestSpec(Frozen, frozen=True):
     deadline_unix_s: UnixS | None = None
     on_miss: OnMiss = OnMiss.CONTINUE
     share: Share = Share.PRIVATE
+    rule: Rule = Rule.SCALED  # with ADAMW, `rate` is the plain learning rate
+    weight_decay: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    clip_norm: Annotated[float, Meta(gt=0, le=1e9)] | None = None  # of the request's own gradient
+    schedule: Schedule = Schedule.CONSTANT
+    warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None  # None: the rule's own
+    accumulate_steps: Annotated[int, Meta(ge=1, le=1024)] = 1  # batches in each step
+    epochs: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None  # ends there, or at max_steps if that is sooner
+    patience: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None  # evaluations without a better prompt
 
 
 class Identity(Frozen, frozen=True):
@@ -311,10 +319,12 @@ class Heartbeat(Message, frozen=True):
 
 
 class Profile(Frozen, frozen=True):
-    """Seconds of one training step of K requests, measured at warm-up: base_s + per_request_s * K."""
+    """Seconds of one training step of K requests, measured at warm-up: base_s + per_request_s * K. And its memory."""
 
     base_s: float
     per_request_s: float
+    bytes_per_token: float = 0.0  # that a forward and backward pass holds; virtual tokens and padding count
+    bytes_per_request: float = 0.0  # beside its tokens: prompt, optimizer state, the prompt's keys and values
 
 
 class Ready(Message, frozen=True):

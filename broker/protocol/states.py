@@ -85,6 +85,21 @@ class Metric(StrEnum):
         return score <= target if self is Metric.LOSS else score >= target
 
 
+class Rule(StrEnum):
+    """How a step moves the virtual tokens."""
+
+    SCALED = "scaled"  # AdamW's step, times the token's own size: the rate means the same on every base model
+    ADAMW = "adamw"  # plain AdamW, as torch has it
+
+
+class Schedule(StrEnum):
+    """How the rate goes on after its warm-up."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"  # to 0 at the last step
+    COSINE = "cosine"  # to 0 at the last step
+
+
 class Share(StrEnum):
     """Who may start from the tuned prompt."""
 

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from broker.protocol.errors import BrokerUnreachable, DataError, ProtocolMismatch, Transient, UsageError
 from broker.protocol.messages import RequestSpec, Submit, Submitted
-from broker.protocol.states import Init, Metric, OnMiss, Share
+from broker.protocol.states import Init, Metric, OnMiss, Rule, Schedule, Share
 from broker.protocol.times import format_instant
 from slurm_plugin.cli.common import envelope, expect, printable, refuse, say, standard_options, warn
 from slurm_plugin.cli.fields import slack_text
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 NAME = "ptbatch"
 ATTEMPTS = 3
 RETRY_PAUSE_S = 1.0
+MOST_STEPS = 1_000_000
+ADAMW_RATE = 0.03  # the protocol's default is the other rule's, in parts of a token's size
 _SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 110,
@@ -55,15 +57,40 @@ def _number(kind: type[int] | type[float], low: float, high: float, open_low: bo
 @click.option("--init-text", metavar="TEXT", help="The text that --init=text begins with.")
 @click.option("--metric", type=words_of(Metric), help="What --target-score is measured in.  [default: loss]")
 @click.option("--target-score", type=float, metavar="X", help="End when the evaluation rows reach this score.")
-@click.option("--max-steps", type=_number(int, 1, 1_000_000), metavar="N", help="End after N steps.  [default: 250]")
+@click.option("--max-steps", type=_number(int, 1, MOST_STEPS), metavar="N", help="End after N steps.  [default: 250]")
+@click.option(
+    "--epochs",
+    type=_number(float, 0, 1_000_000, open_low=True),
+    metavar="X",
+    help="End when each training row was seen X times.",
+)
+@click.option(
+    "--patience", type=_number(int, 1, 1_000_000), metavar="N", help="End after N evaluations without a better prompt."
+)
 @click.option("--eval-every", type=_number(int, 1, 10_000), metavar="N", help="Evaluate each N steps.  [default: 5]")
 @click.option("--batch-size", type=_number(int, 1, 1024), metavar="N", help="Rows of each step.  [default: 8]")
 @click.option(
     "--rate",
     type=_number(float, 0, 100, open_low=True),
     metavar="X",
-    help="Step size, in parts of a token's own size.  [default: 0.3]",
+    help="Step size, in parts of a token's own size.  [default: 0.3; with --rule=adamw 0.03, the learning rate]",
 )
+@click.option("--rule", type=words_of(Rule), help="How a step moves the tokens.  [default: scaled]")
+@click.option("--weight-decay", type=_number(float, 0, 100), metavar="X", help="AdamW's.  [default: 0]")
+@click.option(
+    "--clip-norm",
+    type=_number(float, 0, 1e9, open_low=True),
+    metavar="X",
+    help="The gradient's largest norm.  [default: none]",
+)
+@click.option("--schedule", type=words_of(Schedule), help="How the rate goes on.  [default: constant]")
+@click.option(
+    "--warmup-steps",
+    type=_number(int, 0, 1_000_000),
+    metavar="N",
+    help="Steps in which the rate rises.  [default: 10; with --rule=adamw 0]",
+)
+@click.option("--accumulate-steps", type=_number(int, 1, 1024), metavar="N", help="Batches of each step.  [default: 1]")
 @click.option("--seed", type=_number(int, 0, 2**63 - 1), metavar="N", help="Of the data's order and the split.")
 @click.option("--slo", type=SloType(), metavar="DURATION", help="Deadline after submission: 10 (minutes), 90s, 1h30m.")
 @click.option("--deadline", type=InstantType(), metavar="TIME", help="Deadline: 16:30, now+1hour, 2030-01-31T12:00.")
@@ -158,7 +185,7 @@ def _submission(ctx: click.Context, options: dict[str, Any], site: SiteConfig) -
     blobs = {data.digest: data.canonical}
     if evaluation:
         blobs[evaluation.digest] = evaluation.canonical
-    spec = _spec(ctx, options, data.digest, evaluation.digest if evaluation else None)
+    spec = _spec(ctx, options, data, evaluation)
     key = os.urandom(16).hex()
     return Submit(spec=spec, submit_key=key, blobs=blobs, test_only=options["test_only"])
 
@@ -181,7 +208,7 @@ def _read(options: dict[str, Any], name: str, site: SiteConfig, taken: int) -> D
     return data
 
 
-def _spec(ctx: click.Context, options: dict[str, Any], train: str, evaluation: str | None) -> RequestSpec:
+def _spec(ctx: click.Context, options: dict[str, Any], train: Data, evaluation: Data | None) -> RequestSpec:
     now = time.time()
     deadline = options["deadline"] if options["slo"] is None else now + options["slo"]
     if deadline is not None and deadline <= now:
@@ -189,15 +216,18 @@ def _spec(ctx: click.Context, options: dict[str, Any], train: str, evaluation: s
             f"the deadline {format_instant(deadline)} is in the past (now {format_instant(now)})", "choose a later one"
         )
     values: dict[str, Any] = {
-        "train": train,
-        "eval": evaluation,
+        "train": train.digest,
+        "eval": evaluation.digest if evaluation else None,
         "virtual_tokens": options["prompt_tokens"],
+        "rate": _rate(options),
+        "max_steps": _max_steps(options, train.rows),
         "deadline_unix_s": deadline,
         "init": _init(options),
         "job_name": options["job_name"] or _script_name(ctx),
     }
     same: tuple[str, ...] = ("model", "account", "partition", "qos", "comment", "init_text", "metric", "target_score")
-    same += ("max_steps", "eval_every", "batch_size", "rate", "seed", "on_miss", "share")
+    same += ("eval_every", "batch_size", "seed", "on_miss", "share", "rule", "weight_decay", "clip_norm", "schedule")
+    same += ("warmup_steps", "accumulate_steps", "epochs", "patience")
     values.update({name: options[name] for name in same})
     _check_target(options)
     given = {name: value for name, value in values.items() if value is not None}
@@ -214,6 +244,25 @@ def _complaint(text: str, given: dict[str, Any]) -> str:
     if "regex" in reason:
         reason = "control characters and empty words are not allowed"
     return f"--{option}={str(given.get(field, ''))[:60]!r}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _rate(options: dict[str, Any]) -> float | None:
+    if options["rate"] is None and options["rule"] == Rule.ADAMW.value:
+        return ADAMW_RATE
+    return options["rate"]  # type: ignore[no-any-return]  # options are click's: a float or None here
+
+
+def _max_steps(options: dict[str, Any], rows: int) -> int | None:
+    """With --epochs, as many steps as these are at most: the worker may keep rows back for evaluation."""
+    if options["max_steps"] is not None or options["epochs"] is None:
+        return options["max_steps"]  # type: ignore[no-any-return]  # options are click's: an int or None here
+    batch = (options["batch_size"] or _default("batch_size")) * (options["accumulate_steps"] or 1)
+    return min(MOST_STEPS, max(1, int(math.ceil(options["epochs"] * rows / min(batch, rows)))))
+
+
+def _default(field: str) -> Any:
+    """The protocol's."""
+    return {known.name: known.default for known in msgspec.structs.fields(RequestSpec)}[field]
 
 
 def _init(options: dict[str, Any]) -> str | None:

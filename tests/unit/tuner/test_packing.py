@@ -12,8 +12,10 @@ from torch.nn import functional
 
 from tuner import packing
 from tuner.data import Example, read_examples
+from tuner.forward import collate, plain_logits
 from tuner.model import Base
 from tuner.start import random_prompt
+from tuner.ways import fastest
 
 FAMILIES = ["llama", "gpt2", "qwen2"]
 
@@ -45,7 +47,7 @@ def test_loss_and_gradient_are_those_of_stock_peft(bases: dict[str, Base], make_
     rows = examples(base, make_rows(6))
     prompt = random_prompt(base, 5, seed=3)
     expected_loss, expected_slope = peft_loss_and_gradient(base, prompt, rows)
-    loss, slope = packing.gradient(base, prompt, packing.collate([(0, row) for row in rows], [5], base.device))
+    loss, slope = packing.gradient(base, [prompt], [(0, row) for row in rows])
     assert loss.item() == pytest.approx(expected_loss, abs=1e-4)
     assert (slope - expected_slope).abs().max().item() < 1e-4
     assert expected_slope.abs().max().item() > 1e-3  # there was something to compare
@@ -60,10 +62,9 @@ def test_a_request_in_a_pack_has_the_loss_and_gradient_that_it_has_alone(
     prompts = [random_prompt(base, size, seed) for seed, size in enumerate(sizes)]
     data = [examples(base, make_rows(count, first=count)) for count in (3, 1, 8)]
     together = [(i, row) for i, rows in enumerate(data) for row in rows]
-    losses, slopes = packing.gradient(base, torch.cat(prompts), packing.collate(together, sizes, base.device))
+    losses, slopes = packing.gradient(base, prompts, together)
     for prompt, rows, loss, slope in zip(prompts, data, losses, torch.split(slopes, sizes), strict=True):
-        pack = packing.collate([(0, row) for row in rows], [len(prompt)], base.device)
-        lone_loss, lone_slope = packing.gradient(base, prompt, pack)
+        lone_loss, lone_slope = packing.gradient(base, [prompt], [(0, row) for row in rows])
         assert loss.item() == pytest.approx(lone_loss.item(), abs=1e-5)
         assert (slope - lone_slope).abs().max().item() < 1e-5
 
@@ -71,28 +72,69 @@ def test_a_request_in_a_pack_has_the_loss_and_gradient_that_it_has_alone(
 def test_a_prompt_that_is_not_finite_spoils_only_its_own_gradient(base: Base, make_rows) -> None:
     rows = examples(base, make_rows(4))
     good, bad = random_prompt(base, 4, 0), torch.full((4, base.hidden_size), torch.nan)
-    pack = packing.collate([(i, row) for i in (0, 1) for row in rows], [4, 4], base.device)
-    losses, slopes = packing.gradient(base, torch.cat([bad, good]), pack)
-    assert losses.isfinite().tolist() == [False, True]
-    assert slopes.isfinite().all(dim=1).tolist() == [False] * 4 + [True] * 4
+    for way in (base, fastest(base, pass_tokens=0)):
+        losses, slopes = packing.gradient(way, [bad, good], [(i, row) for i in (0, 1) for row in rows])
+        assert losses.isfinite().tolist() == [False, True]
+        assert slopes.isfinite().all(dim=1).tolist() == [False] * 4 + [True] * 4
 
 
 def test_the_base_gets_no_gradient(base: Base, make_rows) -> None:
-    rows = [(0, row) for row in examples(base, make_rows(2))]
-    packing.gradient(base, random_prompt(base, 4, 0), packing.collate(rows, [4], base.device))
+    for way in (base, fastest(base, pass_tokens=0)):
+        packing.gradient(way, [random_prompt(base, 4, 0)], [(0, row) for row in examples(base, make_rows(6))])
     assert all(not weight.requires_grad and weight.grad is None for weight in base.model.parameters())
 
 
 def test_a_model_that_cannot_leave_logits_out_gives_the_same(base: Base, make_rows) -> None:
     plain = dataclasses.replace(base, accepts=frozenset())
-    pack = packing.collate([(0, row) for row in examples(base, make_rows(5))], [4], base.device)
+    pack = collate([(0, row) for row in examples(base, make_rows(5))], [4], base.device)
     prompt = random_prompt(base, 4, 0)
-    assert torch.allclose(
-        packing.target_logits(base, prompt, pack), packing.target_logits(plain, prompt, pack), atol=1e-5
-    )
+    assert torch.allclose(plain_logits(base, prompt, pack), plain_logits(plain, prompt, pack), atol=1e-5)
 
 
-def test_scores_are_plain_means_over_target_tokens_and_rows(base: Base, make_rows, monkeypatch) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_tokens", [packing.UNBOUNDED, 50])
+def test_no_way_of_running_a_step_changes_what_comes_out(
+    bases: dict[str, Base], make_rows, family: str, max_tokens: int
+) -> None:
+    plain = bases[family]
+    quick = fastest(plain, pass_tokens=0)
+    assert quick.ways.shared_prefix and quick.ways.bare_head
+    sizes = [4, 9, 1]
+    prompts = [random_prompt(plain, size, seed) for seed, size in enumerate(sizes)]
+    long = Example(tuple(range(3, 33)), 4)
+    without_input = [Example((5, 6, 2), 3), Example((7,), 1)]
+    data = [examples(plain, make_rows(12)), without_input * 2, [*examples(plain, make_rows(8)), long]]
+    rows = [(i, row) for i, each in enumerate(data) for row in each]
+    how = packing.plan(quick, sizes, rows, max_tokens)
+    assert how.shared and len(how.passes) > 1
+    losses, slopes = packing.gradient(quick, prompts, rows, max_tokens)
+    expected_losses, expected_slopes = packing.gradient(plain, prompts, rows)
+    assert torch.allclose(losses, expected_losses, atol=1e-5)
+    assert torch.allclose(slopes, expected_slopes, atol=1e-5 * expected_slopes.abs().max().item())
+    tasks = list(zip(prompts, data, strict=True))
+    for found, expected in zip(packing.score(quick, tasks, max_tokens), packing.score(plain, tasks), strict=True):
+        assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+        assert found.accuracy == expected.accuracy
+
+
+def test_sharing_a_prompt_is_for_packs_in_which_it_saves_tokens(base: Base, make_rows) -> None:
+    quick = fastest(base, pass_tokens=0)
+    rows = examples(base, make_rows(8))
+    assert packing.plan(quick, [8], [(0, row) for row in rows]).shared
+    assert not packing.plan(quick, [8] * 8, list(enumerate(rows))).shared  # one row each: nothing to share
+    dear = fastest(base, pass_tokens=1e6)
+    how = packing.plan(dear, [8], [(0, row) for row in rows])
+    assert not how.shared and len(how.passes) == 1
+
+
+def test_rows_beyond_a_sliding_window_are_not_shared(base: Base, make_rows) -> None:
+    quick = dataclasses.replace(fastest(base, pass_tokens=0), window=10)
+    short, long = [(0, Example((4, 5), 1))] * 8, [(0, Example((4,) * 9, 1))] * 8
+    assert packing.plan(quick, [4], short).shared
+    assert not packing.plan(quick, [4], [*short, *long]).shared
+
+
+def test_scores_are_plain_means_over_target_tokens_and_rows(base: Base, make_rows) -> None:
     rows = examples(base, make_rows(7))
     prompt = random_prompt(base, 4, 0)
     total, right = 0.0, 0
@@ -105,8 +147,7 @@ def test_scores_are_plain_means_over_target_tokens_and_rows(base: Base, make_row
         right += bool((logits.argmax(1) == wanted).all())
     other = random_prompt(base, 2, 1)
     for bound in (16_384, 30):  # one pass, and many
-        monkeypatch.setattr(packing, "_SCORED_TOKENS", bound)
-        found = packing.score(base, [(other, rows[:2]), (prompt, rows)])[1]
+        found = packing.score(base, [(other, rows[:2]), (prompt, rows)], bound)[1]
         assert found.loss == pytest.approx(total / sum(row.targets for row in rows), abs=1e-5)
         assert found.accuracy == right / len(rows)
 
@@ -122,10 +163,10 @@ def test_a_row_that_is_all_right_counts_in_the_accuracy(base: Base) -> None:
 
 def test_a_base_in_half_precision_trains_prompts_in_full(base: Base, make_rows) -> None:
     half = dataclasses.replace(base, model=copy.deepcopy(base.model).bfloat16(), dtype=torch.bfloat16)
-    pack = packing.collate([(0, row) for row in examples(base, make_rows(6))], [4], base.device)
+    rows = [(0, row) for row in examples(base, make_rows(6))]
     prompt = random_prompt(base, 4, 0)
-    loss, slope = packing.gradient(half, prompt, pack)
-    full_loss, full_slope = packing.gradient(base, prompt, pack)
+    loss, slope = packing.gradient(half, [prompt], rows)
+    full_loss, full_slope = packing.gradient(base, [prompt], rows)
     assert (loss.dtype, slope.dtype) == (torch.float32, torch.float32)
     assert loss.item() == pytest.approx(full_loss.item(), rel=0.02)
     assert functional.cosine_similarity(slope.flatten(), full_slope.flatten(), dim=0).item() > 0.98

@@ -14,8 +14,14 @@ import torch
 from bank.store import Bank
 from broker.protocol.messages import Assign, Ended, Progress, Running
 from broker.protocol.states import RequestState
-from tuner import engine, packing
+from tuner import engine, forward, packing, run
+from tuner.model import Base
 from tuner.session import Session
+
+
+def json_lines(rows: list[tuple[str, str]]) -> bytes:
+    return b"".join(json.dumps({"input": given, "target": wanted}).encode() + b"\n" for given, wanted in rows)
+
 
 Said = dict[int, list[Progress | Ended]]
 MakeSession = Callable[..., Session]
@@ -235,23 +241,80 @@ def test_a_request_that_diverges_fails_alone(make_session: MakeSession, make_req
     assert curve(ended[1])[-1]["loss"] == pytest.approx(curve(alone)[-1]["loss"], abs=1e-5)
 
 
-def test_only_the_largest_request_ends_when_memory_runs_out(
+def little_memory(limit: int) -> Callable[..., torch.Tensor]:
+    """A model that has memory for so many tokens in a pass, as rows by places."""
+    real = forward.plain_logits
+
+    def logits(base: Base, prompts: torch.Tensor, pack: forward.Pack) -> torch.Tensor:
+        if pack.ids.numel() > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return real(base, prompts, pack)
+
+    return logits
+
+
+def test_a_step_that_does_not_fit_into_memory_is_split_and_no_step_is_lost(
     make_session: MakeSession, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = make_session()
-    alone = drive(session, {0: [make_request(1, max_steps=8)]})[1]
-    real = packing.gradient
+    joins = {0: [make_request(1, max_steps=8)], 3: [make_request(2, batch_size=20, max_steps=8)]}
+    roomy = drive(make_session(), joins)
+    monkeypatch.setattr(packing, "plain_logits", little_memory(30))
+    narrow = drive(make_session(), joins)
+    for i in (1, 2):
+        assert narrow[i].state is RequestState.COMPLETED
+        assert [point["step"] for point in curve(narrow[i])] == [point["step"] for point in curve(roomy[i])]
+        for ours, theirs in zip(curve(narrow[i]), curve(roomy[i]), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert (prompt_of(narrow[i]) - prompt_of(roomy[i])).abs().max().item() < 1e-4
 
-    def little_memory(base: object, prompts: torch.Tensor, pack: packing.Pack) -> object:
-        if len(pack.ids) > 10:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        return real(base, prompts, pack)  # type: ignore[arg-type]  # passed on as it came
 
-    monkeypatch.setattr(engine.packing, "gradient", little_memory)
-    ended = drive(session, {0: [make_request(1, max_steps=8)], 3: [make_request(2, batch_size=20)]})
+def test_only_a_request_with_a_row_that_does_not_fit_ends_when_memory_runs_out(
+    make_session: MakeSession, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "plain_logits", little_memory(30))
+    alone = drive(make_session(), {0: [make_request(1, max_steps=8)]})[1]
+    long_rows = json_lines([("a " * 30, "b")] * 3)
+    joins = {0: [make_request(1, max_steps=8)], 3: [make_request(2, rows=long_rows)]}
+    ended = drive(make_session(), joins)
     assert ended[2].state is RequestState.OUT_OF_MEMORY
-    assert "--batch-size" in ended[2].error
-    assert curve(ended[1]) == curve(alone)
+    assert "a row of 36 tokens" in ended[2].error
+    assert [point["step"] for point in curve(ended[1])] == [point["step"] for point in curve(alone)]
+    assert curve(ended[1])[-1]["loss"] == pytest.approx(curve(alone)[-1]["loss"], abs=1e-5)
+
+
+def test_a_row_that_never_fits_is_refused_before_it_joins(
+    make_session: MakeSession, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "usable_bytes", lambda _: 100_000.0)
+    long_rows = json_lines([("a " * 30, "b")] * 3)
+    ended = drive(make_session(), {0: [make_request(1, max_steps=3), make_request(2, rows=long_rows)]})
+    assert ended[1].state is RequestState.COMPLETED
+    assert (ended[2].state, ended[2].step) == (RequestState.FAILED, 0)
+    assert "a row of 36 tokens takes" in ended[2].error
+
+
+def test_a_request_that_stalls_moves_on_to_a_random_start_once(
+    make_session: MakeSession, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_STALL_SHARE", 0.0)  # nothing counts as progress
+    settings = {"init": "text", "init_text": "a b", "target_score": 1e-6, "max_steps": 80, "seed": 3}
+    expected = drive(make_session(), {0: [make_request(**settings)]})[1]
+    report = json.loads(expected.files["prompttuner.json"])
+    assert (report["start"], report["restart"]) == ("text", {"step": 30, "start": "random"})
+    points = report["curve"]
+    assert [point["start"] for point in points] == [0] * 7 + [1] * 10
+    assert [point["step"] for point in points] == list(range(0, 81, 5))
+    alone = drive(make_session(), {0: [make_request(init="random", max_steps=50, seed=3)]})[1]
+    # The rows differ by then; the first evaluation is that of noise that took five steps, not of the old prompt.
+    assert abs(points[7]["loss"] - curve(alone)[1]["loss"]) < abs(points[7]["loss"] - points[6]["loss"])
+    session = make_session()
+    session.join(make_request(**settings))
+    for _ in range(47):
+        session.step()
+    session.give_back()
+    resumed = drive(session, {0: [make_request(attempt=2, **settings)]})[1]
+    assert curve(resumed) == points
+    assert torch.equal(prompt_of(resumed), prompt_of(expected))
 
 
 def test_a_fault_of_the_worker_itself_is_not_laid_upon_a_request(

@@ -17,7 +17,7 @@ from tuner import packing
 from tuner import start as starts
 from tuner.data import load_dataset
 from tuner.model import Base
-from tuner.optimizer import PromptState, update
+from tuner.optimizer import PromptState, StepRule, update
 from tuner.start import Start, first_prompt, random_prompt
 
 
@@ -51,10 +51,9 @@ def tuned(base: Base, assign: Assign, steps: int = 15) -> torch.Tensor:
     """A prompt that is good at the task."""
     data = load_dataset(base, assign.spec, assign.train, assign.eval)
     state = PromptState.new(random_prompt(base, assign.spec.virtual_tokens, 99))
-    pack = packing.collate([(0, row) for row in data.train], [len(state.prompt)], base.device)
     for _ in range(steps):
-        _, slope = packing.gradient(base, state.prompt, pack)
-        update([state], [0.3], slope, base.embedding_rms)
+        _, slope = packing.gradient(base, [state.prompt], [(0, row) for row in data.train])
+        update([state], [StepRule(0.3)], slope, base.embedding_rms)
     return state.prompt
 
 

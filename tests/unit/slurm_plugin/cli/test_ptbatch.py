@@ -19,7 +19,7 @@ import pytest
 from click.testing import Result
 
 from broker.protocol.messages import ErrorReply, Fetch, FetchReply, RequestRow, Submit, Submitted, Update, Watch
-from broker.protocol.states import Init, Metric, OnMiss, RequestState, Share
+from broker.protocol.states import Init, Metric, OnMiss, RequestState, Rule, Schedule, Share
 from slurm_plugin.cli import ptbatch
 
 Run = Callable[..., Result]
@@ -64,7 +64,8 @@ def test_every_option_reaches_the_request(accepting: Any, run: Run, train: str, 
     (home / "eval.csv").write_text("input,target\nx,y\n")
     words = "--eval=eval.csv --prompt-tokens=4 --init-text=hello --metric=Accuracy --target-score=0.9 --max-steps=9 "
     words += "--eval-every=3 --batch-size=2 --rate=0.5 --seed=11 --deadline=now+1hour --on-miss=drop --share=account "
-    words += "-J name -A teama -p gpu -q high --comment=note"
+    words += "-J name -A teama -p gpu -q high --comment=note --epochs=2.5 --patience=4 --rule=adamw --weight-decay=0.1 "
+    words += "--clip-norm=1.5 --schedule=Cosine --warmup-steps=0 --accumulate-steps=3"
     result = run("ptbatch", "--model=tiny", f"--train={train}", *words.split())
     assert result.exit_code == 0, result.stderr
     spec = accepting.heard[0].spec
@@ -74,7 +75,24 @@ def test_every_option_reaches_the_request(accepting: Any, run: Run, train: str, 
     assert (spec.rate, spec.seed, spec.on_miss, spec.share) == (0.5, 11, OnMiss.DROP, Share.ACCOUNT)
     assert (spec.job_name, spec.account, spec.partition, spec.qos) == ("name", "teama", "gpu", "high")
     assert spec.comment == "note"
+    assert (spec.rule, spec.weight_decay, spec.clip_norm, spec.schedule) == (Rule.ADAMW, 0.1, 1.5, Schedule.COSINE)
+    assert (spec.epochs, spec.patience, spec.warmup_steps, spec.accumulate_steps) == (2.5, 4, 0, 3)
     assert 3590 < spec.deadline_unix_s - time.time() <= 3600
+
+
+def test_adamw_has_a_rate_of_its_own_unless_told(accepting: Any, run: Run, train: str) -> None:
+    for words in ([], ["--rule=adamw"], ["--rule=adamw", "--rate=0.5"]):
+        run("ptbatch", "--model=tiny", f"--train={train}", *words)
+    assert [submit.spec.rate for submit in accepting.heard] == [0.3, ptbatch.ADAMW_RATE, 0.5]
+
+
+def test_epochs_are_as_many_steps_as_they_can_be_at_most(accepting: Any, run: Run, home: Path) -> None:
+    (home / "many.jsonl").write_bytes(b'{"input": "a", "target": "b"}\n' * 20)
+    for words in ("--epochs=3", "--epochs=3 --batch-size=2 --accumulate-steps=2", "--epochs=3 --batch-size=99",
+                  "--epochs=0.01", "--epochs=1000000", "--epochs=3 --max-steps=5"):  # fmt: skip
+        result = run("ptbatch", "--model=tiny", "--train=many.jsonl", *words.split())
+        assert result.exit_code == 0, result.stderr
+    assert [submit.spec.max_steps for submit in accepting.heard] == [8, 15, 3, 1, 1_000_000, 5]
 
 
 def test_parsable_prints_the_id_alone_and_quiet_nothing(accepting: Any, run: Run, train: str) -> None:
