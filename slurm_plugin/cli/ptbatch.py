@@ -257,7 +257,8 @@ def _max_steps(options: dict[str, Any], rows: int) -> int | None:
     if options["max_steps"] is not None or options["epochs"] is None:
         return options["max_steps"]  # type: ignore[no-any-return]  # options are click's: an int or None here
     batch = (options["batch_size"] or _default("batch_size")) * (options["accumulate_steps"] or 1)
-    return min(MOST_STEPS, max(1, int(math.ceil(options["epochs"] * rows / min(batch, rows)))))
+    epochs: float = options["epochs"]
+    return min(MOST_STEPS, max(1, math.ceil(epochs * rows / min(batch, rows))))
 
 
 def _default(field: str) -> Any:
