@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +79,8 @@ class Session:
         # Whatever one user's rows make a library do, the others on this worker go on.
         except Exception as error:
             state = RequestState.OUT_OF_MEMORY if self._out_of_memory(error) else RequestState.FAILED
-            _log.exception("request %d cannot start", assign.request_id)
+            # Not the error's words, which may quote the user's rows.
+            _log.error("request %d cannot start: %s at %s", assign.request_id, type(error).__name__, _place(error))
             self._ended.append(_end(assign, state, error=f"cannot start: {type(error).__name__}: {error}"))
         else:
             run.kept_mono_s = time.monotonic()
@@ -223,6 +225,12 @@ class Session:
 
     def _note_duration(self, taken_s: float) -> None:
         self._step_s = taken_s if not self._step_s else (1 - _RECENT) * self._step_s + _RECENT * taken_s
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def _key(run: Run) -> Running:

@@ -115,6 +115,7 @@ def sessions(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
             slots=16,
         )
         found[family].load()
+        assert found[family]._engine._base.ways.shared_prefix
     return found
 
 

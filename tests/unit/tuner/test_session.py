@@ -227,6 +227,23 @@ def test_a_request_that_cannot_start_fails_alone(
     assert told in ended[2].error
 
 
+def test_what_a_users_rows_make_a_library_say_stays_out_of_the_workers_log(
+    make_session: MakeSession,
+    make_request: MakeRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def trip(*_: object) -> None:
+        raise ValueError("cannot encode 'the secret'")
+
+    session = make_session()
+    monkeypatch.setattr(engine, "load_dataset", trip)
+    ended = drive(session, {0: [make_request(1)]})[1]
+    assert ended.state is RequestState.FAILED and "the secret" in ended.error  # its user may know
+    assert "request 1 cannot start: ValueError at " in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_a_request_that_diverges_fails_alone(make_session: MakeSession, make_request: MakeRequest) -> None:
     session = make_session()
     alone = drive(session, {0: [make_request(1, max_steps=20)]})[1]

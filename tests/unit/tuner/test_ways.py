@@ -54,7 +54,7 @@ def test_a_model_whose_cache_does_not_allow_it_keeps_the_plain_way(
         if fault == "detached":
             prefix.computed = [tensor.detach().requires_grad_(True) for tensor in prefix.computed]
         else:
-            prefix.held = [(0 * keys, 0 * values) for keys, values in prefix.held]
+            prefix.held = [(_nothing(keys), _nothing(values)) for keys, values in prefix.held]
         return prefix
 
     monkeypatch.setattr(ways, "prefix_of", broken)
@@ -64,3 +64,7 @@ def test_a_model_whose_cache_does_not_allow_it_keeps_the_plain_way(
     [record] = caplog.records
     assert "no shared_prefix" in record.getMessage()
     assert "second line" not in record.getMessage()
+
+
+def _nothing(like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like, requires_grad=True)
