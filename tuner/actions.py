@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from broker.protocol.messages import Message
+from broker.protocol.messages import Message, Profile
 from tuner import link
 
 
@@ -21,7 +21,7 @@ class ToTrainer(Action, frozen=True):
 
 
 class StartTrainer(Action, frozen=True):
-    pass
+    profile: Profile | None = None  # what an earlier trainer of this worker has measured
 
 
 class StopTrainer(Action, frozen=True):

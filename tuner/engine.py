@@ -28,6 +28,7 @@ from tuner.ways import fastest
 _log = logging.getLogger(__name__)
 
 _PROFILED_REQUESTS = 4
+_SLOW_STEP_S = 1.0
 _TRIALS = 3
 
 
@@ -122,7 +123,8 @@ class Engine:
 
         The first, slow calls of every kind happen here and not in a user's first step."""
         one = self._seconds(1)
-        several = self._seconds(_PROFILED_REQUESTS)
+        # Where a single step fills the device, sharing it saves nothing, and to measure that would hold up readiness.
+        several = self._seconds(_PROFILED_REQUESTS) if one < _SLOW_STEP_S else _PROFILED_REQUESTS * one
         per_request_s = max(0.0, (several - one) / (_PROFILED_REQUESTS - 1))
         virtual_tokens = self._made_up(0).spec.virtual_tokens
         return Profile(
@@ -182,4 +184,6 @@ def _fastest(call: Callable[[], object]) -> float:
         began_mono_s = time.monotonic()
         call()
         taken.append(time.monotonic() - began_mono_s)
+        if taken[-1] > _SLOW_STEP_S:
+            break  # the first call's extra cost does not matter then
     return min(taken)

@@ -16,6 +16,12 @@ class Loaded(Message, frozen=True):
     profile: Profile
 
 
+class Resident(Message, frozen=True):
+    """These base models are loaded."""
+
+    models: list[str]
+
+
 class Unloadable(Message, frozen=True):
     """The base model cannot be used; another try would end the same way."""
 
@@ -32,7 +38,7 @@ class GaveBack(Message, frozen=True):
     running: list[Running]
 
 
-FromTrainer = Loaded | Unloadable | Progress | Ended | GaveBack
+FromTrainer = Loaded | Resident | Unloadable | Progress | Ended | GaveBack
 ToTrainer = Assign | Stop | GiveBack
 
 from_trainer_decoder: msgspec.msgpack.Decoder[FromTrainer] = msgspec.msgpack.Decoder(FromTrainer)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import importlib
 import inspect
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from broker.protocol.errors import ConfigError
+from tuner.reading import Digest, read_once
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tuner.weights import Weights
+
 _CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
+_OPTIONS = {"local_files_only": True, "trust_remote_code": False}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-_HASH_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class Base:
     """One base model on its device: frozen, without dropout. No gradient ever reaches its weights."""
 
     path: str
-    digest: str  # sha256 over config.json and the weights
+    hashing: Digest
+    weights: Weights  # on the device only while they are `placed`
     model: Any  # transformers' PreTrainedModel, which has no types
     tokenizer: Any
     device: torch.device
@@ -70,50 +74,83 @@ class Base:
         return ids
 
     @property
+    def digest(self) -> str:
+        """sha256 over config.json and the weights; the first call may have to wait for it."""
+        return self.hashing.value()
+
+    @property
     def end_token(self) -> list[int]:
         """The token that ends each target: none if the tokenizer has none."""
         token = self.tokenizer.eos_token_id
         return [] if token is None else [int(token)]
 
 
-def load_base(path: str) -> tuple[Base, dict[str, float]]:
-    """The base model in the directory `path`, on the GPU (bfloat16) if there is one, else on the CPU (float32); and the
-    seconds of each phase: "imports", "read", "to_device".
+class Disturbing(Exception):
+    """This model needs transformers' own loader, which changes settings of the whole process while it works."""
 
-    Raises `ConfigError` for a directory that is missing or holds no causal language model that can be loaded."""
+
+def load_base(path: str, kept: Path | None = None, *, beside_training: bool = False) -> tuple[Base, dict[str, float]]:
+    """The base model in the directory `path`, and the seconds of each phase: "imports", "read", "to_device".
+
+    It computes on the GPU (bfloat16) if there is one, else on the CPU: in bfloat16 if it is written so and the CPU
+    multiplies that, else in float32. `kept` is a private folder for what other processes need not find out again.
+
+    With `beside_training` another thread may be training: then the weights are not placed yet. Raises `ConfigError` for
+    a directory that is missing or holds no causal language model that can be loaded, `Disturbing` for a model that
+    cannot be loaded beside training."""
     directory = Path(path)
-    _check_directory(directory)
+    written_in = _check_directory(directory)
     clock = _Phases()
-    torch, transformers = _import_libraries()
+    torch, _ = _import_libraries()
+    from tuner.weights import Weights, mapped_model, weight_files
+
     clock.end("imports")
     cuda = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    options = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = _loaded(directory, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(path, **options))
-    model = _loaded(
-        directory,
-        "model",
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options),
-    )
-    digest = base_digest(directory)
-    clock.end("read")
-    model.to(device)
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if cuda or (written_in == "bfloat16" and _multiplies_bfloat16()) else torch.float32
+    read_once(directory, weight_files(directory), kept)
+    hashing = Digest(directory, kept)
+    tokenizer = _loaded(directory, "tokenizer", lambda: _auto("Tokenizer").from_pretrained(path, **_OPTIONS))
+    model = _loaded(directory, "model", lambda: mapped_model(directory))
+    mapped = model is not None
+    if not mapped:
+        model = _library_model(directory, dtype, beside_training)
     model.eval()
     model.requires_grad_(False)
-    base = _describe(path, digest, model, tokenizer)
+    clock.end("read")
+    weights = Weights(model, device, dtype if mapped else None)
+    base = _describe(path, hashing, weights, model, tokenizer)
+    if not weights.placed and not beside_training:
+        weights.place()
     clock.end("to_device")
     return base, clock.seconds
 
 
-def base_digest(directory: Path) -> str:
-    """sha256 over config.json and the safetensors files, in the order of their names, with names and sizes."""
-    whole = hashlib.sha256()
-    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
-        whole.update(f"{file.name}:{file.stat().st_size}\n".encode())
-        with open(file, "rb") as content:
-            while block := content.read(_HASH_BLOCK):
-                whole.update(block)
-    return whole.hexdigest()
+def import_ahead(paths: Iterable[str]) -> None:
+    """Imports all that loading and training these models takes, without threads and without touching a GPU, so that the
+    process can be forked. What is wrong with a model is left to `load_base` to tell."""
+    _, transformers = _import_libraries()
+    importlib.import_module("tuner.engine")
+    importlib.import_module("tuner.weights")
+    for path in paths:
+        with contextlib.suppress(Exception):
+            config = transformers.AutoConfig.from_pretrained(path, **_OPTIONS)
+            transformers.AutoTokenizer.from_pretrained(path, **_OPTIONS)
+            for name in config.architectures:
+                getattr(transformers, name)
+
+
+def _library_model(directory: Path, dtype: Any, beside_training: bool) -> Any:
+    """The model as transformers itself loads it."""
+    if beside_training:
+        raise Disturbing(str(directory))
+    load = _auto("ModelForCausalLM").from_pretrained
+    options = {"dtype": dtype, "use_safetensors": True, **_OPTIONS}
+    return _loaded(directory, "model", lambda: load(str(directory), **options))
+
+
+def _auto(kind: str) -> Any:
+    return getattr(importlib.import_module("transformers"), f"Auto{kind}")
 
 
 class _Phases:
@@ -127,8 +164,8 @@ class _Phases:
         self._last_mono_s = now
 
 
-def _check_directory(directory: Path) -> None:
-    """What can be known before the slow imports."""
+def _check_directory(directory: Path) -> str:
+    """What can be known before the slow imports; the type that the weights are said to be written in."""
     if not directory.is_dir():
         raise ConfigError(f"the model directory {directory} is not there", "correct its `path` in the site file")
     try:
@@ -153,6 +190,14 @@ def _check_directory(directory: Path) -> None:
         raise ConfigError(
             f"the model directory {directory} has no safetensors file", "pickled weights are never loaded: convert them"
         )
+    return str(config.get("dtype") or config.get("torch_dtype") or "")
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU does so by itself: twice as fast as float32 then, else many times slower."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+        flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def _import_libraries() -> tuple[Any, Any]:
@@ -176,22 +221,24 @@ def _loaded(directory: Path, what: str, load: Callable[[], Any]) -> Any:
         raise ConfigError(f"the {what} in {directory} cannot be loaded: {reason}") from error
 
 
-def _describe(path: str, digest: str, model: Any, tokenizer: Any) -> Base:
+def _describe(path: str, hashing: Digest, weights: Weights, model: Any, tokenizer: Any) -> Base:
+    torch: Any = importlib.import_module("torch")
     config = model.config.get_text_config()
     weight = model.get_input_embeddings().weight
     return Base(
         path=path,
-        digest=digest,
+        hashing=hashing,
+        weights=weights,
         model=model,
         tokenizer=tokenizer,
-        device=weight.device,
-        dtype=weight.dtype,
+        device=weights.device,
+        dtype=weights.dtype or weight.dtype,
         hidden_size=int(weight.shape[1]),
         layers=int(config.num_hidden_layers),
         heads=int(config.num_attention_heads),
         positions=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         vocabulary=int(config.vocab_size),
-        embedding_rms=float(weight.float().pow(2).mean().sqrt()),
+        embedding_rms=float(torch.linalg.vector_norm(weight, dtype=torch.float32)) / weight.numel() ** 0.5,
         accepts=frozenset(inspect.signature(model.forward).parameters),
         window=getattr(config, "sliding_window", None),
     )

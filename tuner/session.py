@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker.protocol.errors import PromptTunerError
 from broker.protocol.messages import Assign, Ended, Profile, Progress, Running
 from broker.protocol.states import RequestState
-from tuner.model import load_base
+from tuner.model import Base, load_base
+from tuner.residents import Residents, room_bytes
 from tuner.run import Run
 
 if TYPE_CHECKING:
@@ -25,45 +26,110 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 1.0
+_LOAD_POLL_S = 0.05
+_RESIDENCE_S = 5.0  # of a model on the device, before another one with requests takes its place
 _RECENT = 0.2  # weight of the newest step in the recent step time
 
 
 class Session:
-    """Loads one base model once; requests join and leave between steps. Not thread-safe: one thread drives it.
+    """Loads base models once each; requests join and leave between steps. Not thread-safe: one thread drives it.
 
-    `slots` is how many requests the broker means to send; the session itself takes any number."""
+    `slots` is how many requests the broker means to send; the session itself takes any number. A request whose model is
+    one of `more_models` (name -> directory) trains on that one, which is loaded when the first such request comes;
+    every other request trains on the model in `model_path`."""
 
     def __init__(
-        self, *, model_path: str, bank_dir: Path, checkpoint_dir: Path, checkpoint_s: float, slots: int
+        self,
+        *,
+        model_path: str,
+        bank_dir: Path,
+        checkpoint_dir: Path,
+        checkpoint_s: float,
+        slots: int,
+        model: str = "",
+        more_models: Mapping[str, str] | None = None,
     ) -> None:
-        self._model_path = model_path
+        self._model = model
+        self._residents = Residents({**(more_models or {}), model: model_path}, self._load_base, room_bytes)
+        self._more_models = frozenset(more_models or ()) - {model}
+        self._current = model
+        self._since_mono_s = 0.0  # when the current one became that
         self._bank_dir = bank_dir
         self._checkpoint_dir = checkpoint_dir
         self._checkpoint_s = checkpoint_s
         self._slots = slots
-        self._loaded: Engine | None = None
+        self._engines: dict[str, Engine] = {}  # by model
         self._runs: dict[int, Run] = {}  # by request id
+        self._waiting: dict[int, Assign] = {}  # for their models
         self._ended: list[Progress | Ended] = []  # to be said by the next step
-        self._step_s = 0.0  # recent seconds of a step, all that is due after it included
+        self._step_s: dict[str, float] = {}  # by model: recent seconds of a step, all that is due after it included
 
     def load(self) -> dict[str, float]:
         """Imports the libraries and loads the base; the seconds of each phase: "imports", "read", "to_device".
 
         Raises `ConfigError` for a directory that holds no usable causal language model."""
-        base, phases_s = load_base(self._model_path)
-        from bank.store import Bank
-        from tuner.checkpoint import Checkpoints
-        from tuner.engine import Engine
-
-        self._loaded = Engine(base, Bank(self._bank_dir), Checkpoints(self._checkpoint_dir))
-        return phases_s
+        resident = self._residents.load(self._model)
+        self._engines[self._model] = self._new_engine(resident.base)
+        return resident.phases_s
 
     def warm_up(self) -> tuple[float, Profile]:
         """Runs real training steps on made-up rows; the seconds taken and the measured cost of a step."""
         began_mono_s = time.monotonic()
         profile = self._engine.measure()
-        self._step_s = profile.base_s + profile.per_request_s
+        self._step_s[self._current] = profile.base_s + profile.per_request_s
         return time.monotonic() - began_mono_s, profile
+
+    def first_step(self) -> float:
+        """Trains a made-up request of one short row on the current model for one step; the seconds taken."""
+        began_mono_s = time.monotonic()
+        from tuner.made_up import made_up_run
+
+        self._engine.train([made_up_run(self._residents[self._current].base)])
+        return time.monotonic() - began_mono_s
+
+    def begin_load(self, model: str) -> None:
+        """Begins to load one of `more_models` beside training. Raises `ConfigError` for another name."""
+        self._residents.begin(model)
+
+    @property
+    def resident_models(self) -> list[str]:
+        """The loaded models, the last used one first."""
+        return self._residents.names
+
+    def phases_s(self, model: str) -> dict[str, float]:
+        """The seconds of each phase of a resident model's load ("imports", "read", "to_device") and last "swap"."""
+        return self._residents[model].phases_s
+
+    def take_loaded(self) -> bool:
+        """Takes in the models that have been loaded meanwhile; whether no load is under way any more."""
+        for model in self._residents.pending:
+            waiting = [assign for assign in self._waiting.values() if self._model_of(assign) == model]
+            try:
+                if not self._residents.ready(model):
+                    continue
+            # Whatever a second model's files make a library do, those who train on another go on.
+            except Exception as error:
+                _log.exception("cannot load model %s", model)
+                for assign in waiting:
+                    del self._waiting[assign.request_id]
+                    self._ended.append(_end(assign, RequestState.FAILED, error=str(error)))
+            else:
+                self._engines[model] = self._new_engine(self._residents[model].base)
+        return not self._residents.pending
+
+    def withdraw(self, model: str) -> None:
+        """Takes a resident model off the device: it stays on the host."""
+        self._residents.withdraw(model)
+
+    def swap(self, model: str) -> float:
+        """Makes a resident model the current one, on its device; the seconds taken."""
+        began_mono_s = time.monotonic()
+        base = self._residents.use(model)
+        if model not in self._engines:
+            self._engines[model] = self._new_engine(base)
+        if model != self._current:
+            self._current, self._since_mono_s = model, time.monotonic()
+        return time.monotonic() - began_mono_s
 
     def join(self, assign: Assign) -> None:
         """Takes one request into the next step, from its checkpoint if there is one. Its own faults never raise: such a
@@ -72,8 +138,17 @@ class Session:
         if held is not None and held.assign.attempt >= assign.attempt:
             return
         self._runs.pop(assign.request_id, None)
+        self._waiting.pop(assign.request_id, None)
+        model = self._model_of(assign)
+        if model in self._engines and self._residents.placed(model):
+            self._open(assign)
+            return
+        self._residents.begin(model)
+        self._waiting[assign.request_id] = assign
+
+    def _open(self, assign: Assign) -> None:
         try:
-            run = self._engine.open(assign)
+            run = self._engines[self._model_of(assign)].open(assign)
         except PromptTunerError as error:
             self._ended.append(_end(assign, RequestState.FAILED, error=str(error)))
         # Whatever one user's rows make a library do, the others on this worker go on.
@@ -92,30 +167,38 @@ class Session:
         run = self._runs.get(request_id)
         if run is not None and run.assign.attempt == attempt:
             del self._runs[request_id]
+        waiting = self._waiting.get(request_id)
+        if waiting is not None and waiting.attempt == attempt:
+            del self._waiting[request_id]
         self._ended = [said for said in self._ended if (said.request_id, said.attempt) != (request_id, attempt)]
 
     @property
     def busy(self) -> bool:
         """Whether `step()` has anything to do."""
-        return bool(self._runs or self._ended)
+        return bool(self._runs or self._ended or self._waiting or self._residents.pending)
 
     def running(self) -> list[Running]:
-        """The attempts that train now."""
-        return [_key(run) for run in self._runs.values()]
+        """The attempts that train now, or wait for their models."""
+        return [_key(assign) for assign in (*(run.assign for run in self._runs.values()), *self._waiting.values())]
 
     def step(self) -> list[Progress | Ended]:
-        """One packed optimizer step of all requests, with what is due after it: evaluations, checkpoints, ends.
+        """One packed optimizer step of the requests of one model, with what is due after it: evaluations, checkpoints,
+        ends.
 
         Every message carries epoch 0. A request of which not even a single row fits into memory ends; the others lose
         no step."""
+        if not self._runs and not self._ended:
+            self._residents.wait(_LOAD_POLL_S)
+        self.take_loaded()
+        self._choose_model()
         said, self._ended = self._ended, []
-        if not self._runs:
+        if not self._current_runs():
             return said
         began_mono_s = time.monotonic()
         said += self._within_memory(self._train)
         said += self._within_memory(self._evaluate)
         self._note_duration(time.monotonic() - began_mono_s)
-        for run in list(self._runs.values()):
+        for run in self._current_runs():
             said += self._after_step(run)
         return said
 
@@ -123,23 +206,54 @@ class Session:
         """Checkpoints every running request and forgets them all: another worker goes on from there."""
         given = self.running()
         for run in self._runs.values():
-            self._engine.keep(run)
+            self._engines[self._model_of(run.assign)].keep(run)
         self._runs.clear()
+        self._waiting.clear()
         return given
 
     @property
     def _engine(self) -> Engine:
-        if self._loaded is None:
+        if not self._engines:
             raise RuntimeError("load() comes first")
-        return self._loaded
+        return self._engines[self._current]
+
+    def _new_engine(self, base: Base) -> Engine:
+        from bank.store import Bank
+        from tuner.checkpoint import Checkpoints
+        from tuner.engine import Engine
+
+        return Engine(base, Bank(self._bank_dir), Checkpoints(self._checkpoint_dir))
+
+    def _load_base(self, path: str, beside_training: bool) -> tuple[Base, dict[str, float]]:
+        return load_base(path, self._checkpoint_dir.parent / "base_models", beside_training=beside_training)
+
+    def _model_of(self, assign: Assign) -> str:
+        return assign.spec.model if assign.spec.model in self._more_models else self._model
+
+    def _current_runs(self) -> list[Run]:
+        return [run for run in self._runs.values() if self._model_of(run.assign) == self._current]
+
+    def _choose_model(self) -> None:
+        """The models that have requests take turns: by steps where all are on the device; else each stays for a while,
+        so that training takes most of the time and swaps little."""
+        assigns = (*(run.assign for run in self._runs.values()), *self._waiting.values())
+        wanted = {self._model_of(assign) for assign in assigns} & self._engines.keys()
+        if not wanted:
+            return
+        stays = self._current in wanted and time.monotonic() - self._since_mono_s < _RESIDENCE_S
+        if not stays or all(map(self._residents.placed, wanted)):
+            self.swap(next(model for model in reversed(self._residents.names) if model in wanted))
+        for assign in [one for one in self._waiting.values() if self._model_of(one) == self._current]:
+            del self._waiting[assign.request_id]
+            self._open(assign)
 
     def _within_memory(self, work: Callable[[Sequence[Run]], list[Ended]]) -> list[Ended]:
         """What `work` says of the running requests; as long as single rows do not fit into memory, the request with the
         longest one ends."""
         ended: list[Ended] = []
-        while self._runs:
+        while runs := self._current_runs():
             try:
-                return ended + work(list(self._runs.values()))
+                return ended + work(runs)
             except (RuntimeError, MemoryError) as error:
                 if not self._out_of_memory(error):
                     raise
@@ -187,7 +301,7 @@ class Session:
             step=run.step,
             loss=latest.loss if latest else None,
             score=latest.score(run.metric) if latest else None,
-            remaining_s=(run.steps - run.step) * self._step_s,
+            remaining_s=(run.steps - run.step) * self._step_s.get(self._current, 0.0),
             start=run.history.start,
             lookup_s=run.history.lookup_s,
             first_step_unix_s=run.history.first_step_unix_s,
@@ -205,7 +319,7 @@ class Session:
         return _end(run.assign, RequestState.FAILED, step=run.step, error=error)
 
     def _end_largest(self, error: BaseException) -> Ended:
-        largest = max(self._runs.values(), key=lambda run: run.longest_row)
+        largest = max(self._current_runs(), key=lambda run: run.longest_row)
         self._drop(largest)
         message = f"out of memory in a row of {largest.longest_row} tokens: use shorter rows or fewer virtual tokens"
         _log.warning("request %d: %s: %s", largest.assign.request_id, message, error)
@@ -224,7 +338,8 @@ class Session:
         return True
 
     def _note_duration(self, taken_s: float) -> None:
-        self._step_s = taken_s if not self._step_s else (1 - _RECENT) * self._step_s + _RECENT * taken_s
+        before_s = self._step_s.get(self._current) or taken_s
+        self._step_s[self._current] = (1 - _RECENT) * before_s + _RECENT * taken_s
 
 
 def _place(error: BaseException) -> str:
@@ -233,8 +348,8 @@ def _place(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
-def _key(run: Run) -> Running:
-    return Running(request_id=run.assign.request_id, attempt=run.assign.attempt)
+def _key(assign: Assign) -> Running:
+    return Running(request_id=assign.request_id, attempt=assign.attempt)
 
 
 def _end(

@@ -25,6 +25,7 @@ from broker.protocol.messages import (
     HeartbeatAck,
     Leaving,
     Message,
+    Profile,
     Progress,
     Ready,
     Register,
@@ -36,7 +37,7 @@ from broker.protocol.messages import (
 )
 from broker.protocol.states import RequestState
 from tuner.actions import Action, EndStep, Exit, StartStep, StartTrainer, StopTrainer, ToBroker, ToTrainer
-from tuner.link import FromTrainer, GaveBack, GiveBack, Loaded, Unloadable
+from tuner.link import FromTrainer, GaveBack, GiveBack, Loaded, Resident, Unloadable
 from tuner.place import Place
 from tuner.steps import Key
 
@@ -49,7 +50,7 @@ ACCEPT_S = 1.0  # the trainer starts when the broker has accepted us, or after t
 GIVE_BACK_S = 8.0  # for the running step and the checkpoints
 HAND_IN_S = 3.0  # for the acknowledgements of the last results
 TRAINER_DEATHS = 3  # in a row
-TRAINER_RETRY_S = 1.0  # doubled with each death
+TRAINER_RETRY_S = 2.0  # after the second of them; after the first at once
 END_MARGIN_S, END_MARGIN_SHARE = 60.0, 0.1  # the smaller one: leave so long before the allocation's end
 
 EXIT_OK, EXIT_TRAINER = 0, 1
@@ -77,6 +78,8 @@ class Supervision:
         self._end_told_unix_s = 0.0
         self._rss_mb = 0.0
         self._loaded: Loaded | None = None
+        self._profile: Profile | None = None
+        self._models: list[str] = []  # that the trainer has loaded
         self._deaths = 0
         self._fault = "the trainer is loading"
         self._leave: _Leave | None = None
@@ -149,7 +152,10 @@ class Supervision:
         match message:
             case Loaded():
                 self._loaded, self._deaths = message, 0
+                self._profile = message.profile
                 self._say_ready()
+            case Resident():
+                self._models = message.models
             case Unloadable():
                 log.error("cannot load %s: %s", self._config.model, message.reason)
                 self._leave_for(message.reason, EXIT_TRAINER, now_s)
@@ -164,6 +170,7 @@ class Supervision:
     def trainer_exited(self, returncode: int, now_s: float) -> list[Action]:
         """The trainer is no more. Its requests go back; unless we are leaving, another one starts."""
         self._loaded = None
+        self._models = []
         if self._leave:
             self._gave_back(now_s)
             return self._take()
@@ -175,7 +182,7 @@ class Supervision:
             self._leave_for(self._fault, EXIT_TRAINER, now_s)
         else:
             self._say(Leaving(epoch=self._epoch, reason=self._fault, given_back=self._all_back(), restarting=True))
-            self._due[self._start_trainer] = now_s + TRAINER_RETRY_S * 2 ** (self._deaths - 1)
+            self._due[self._start_trainer] = now_s + (TRAINER_RETRY_S if self._deaths > 1 else 0.0)
         return self._take()
 
     def signalled(self, name: str, now_s: float) -> list[Action]:
@@ -293,7 +300,7 @@ class Supervision:
         self._leave_for("the broker stayed away", EXIT_ORPHANED, now_s)
 
     def _beat(self, now_s: float) -> None:
-        self._say(Heartbeat(epoch=self._epoch, rss_mb=self._rss_mb))
+        self._say(Heartbeat(epoch=self._epoch, rss_mb=self._rss_mb, models=self._models))
         self._due[self._beat] = now_s + self._config.heartbeat_s
 
     def _repeat(self, now_s: float) -> None:
@@ -370,7 +377,7 @@ class Supervision:
 
     def _start_trainer(self, now_s: float) -> None:
         if not self._leave:
-            self._actions.append(StartTrainer())
+            self._actions.append(StartTrainer(self._profile))
 
     def _ends_in(self, end_in_s: float | None, now_s: float) -> None:
         if end_in_s is not None:

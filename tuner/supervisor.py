@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,9 +24,10 @@ from zmq.utils.monitor import parse_monitor_message
 
 from broker.protocol.config import WorkerConfig
 from broker.protocol.errors import AuthError, ConfigError, PromptTunerError, ProtocolMismatch
-from broker.protocol.messages import Message, pack, to_worker_decoder, unpack
+from broker.protocol.messages import Message, Profile, pack, to_worker_decoder, unpack
 from tuner import place
 from tuner.actions import Action, EndStep, Exit, StartStep, StartTrainer, StopTrainer, ToBroker, ToTrainer
+from tuner.forkserver import ForkServer
 from tuner.link import encode, from_trainer_decoder
 from tuner.steps import Steps
 from tuner.supervision import Supervision
@@ -52,15 +52,13 @@ class Supervisor:
 
     def __init__(self, config: WorkerConfig, worker_file: Path, trainer_command: Sequence[str]) -> None:
         self._config = config
-        self._worker_file = worker_file
-        self._trainer_command = trainer_command
         self._place = place.here(os.environ)
         self._core = Supervision(config, self._place)
         self._context = zmq.Context()
         self._folder: Path | None = None
         self._link = self._bind_link()
         self._broker, self._monitor = _dial(self._context, config)
-        self._trainer: subprocess.Popen[bytes] | None = None
+        self._trainers = ForkServer(trainer_command, worker_file)
         self._steps = Steps(config.srun, self._place.job_id, config.slots, os.environ)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._end_found_unix_s = 0.0
@@ -87,7 +85,8 @@ class Supervisor:
 
     def _turn(self) -> None:
         """Waits for whatever comes first, then hears every side once."""
-        sources: list[Any] = [self._broker, self._monitor, self._link, self._wake_read, *self._steps.descriptors()]
+        sources: list[Any] = [self._broker, self._monitor, self._link, self._wake_read]
+        sources += [*self._steps.descriptors(), *self._trainers.descriptors()]
         due_s = min(self._core.due_s, self._steps.due_s() or self._core.due_s)
         wait_ms = max(0, min(60_000, (due_s - time.monotonic()) * 1000 + 1))
         zmq.zmq_poll([(source, zmq.POLLIN) for source in sources], int(wait_ms))
@@ -97,8 +96,7 @@ class Supervisor:
         self._hear_trainer(wait_ms=0)
         for key, step_id in self._steps.advance(time.monotonic()):
             self._do(self._core.step_known(key, step_id))
-        rss_mb = place.rss_mb(self._trainer.pid) if self._trainer else 0.0
-        self._do(self._core.tick(time.monotonic(), rss_mb))
+        self._do(self._core.tick(time.monotonic(), place.rss_mb(self._trainers.pid)))
 
     # --- hearing ----------------------------------------------------------------------------------------------------
 
@@ -109,8 +107,9 @@ class Supervisor:
             elif number == WOKEN and self._end_found_unix_s:
                 end_unix_s, self._end_found_unix_s = self._end_found_unix_s, 0.0
                 self._do(self._core.end_known(end_unix_s, end_unix_s - time.time(), time.monotonic()))
-        if self._trainer and self._trainer.poll() is not None:
-            self._trainer_ended(self._trainer.returncode)
+        code = self._trainers.poll()
+        if code is not None:
+            self._trainer_ended(code)
 
     def _hear_monitor(self) -> None:
         while self._monitor.poll(0):
@@ -163,10 +162,10 @@ class Supervisor:
                 case ToTrainer(message):
                     with contextlib.suppress(zmq.Again):  # it has just ended; its requests go back anyway
                         self._link.send(encode(message), zmq.NOBLOCK)
-                case StartTrainer():
-                    self._start_trainer()
+                case StartTrainer(profile):
+                    self._start_trainer(profile)
                 case StopTrainer():
-                    self._stop_trainer()
+                    self._trainers.stop()
                 case StartStep(request_id, attempt, user):
                     self._steps.start(request_id, attempt, user, time.monotonic())
                 case EndStep(request_id, attempt, ok):
@@ -180,21 +179,13 @@ class Supervisor:
         except zmq.Again:
             log.debug("no broker to take a %s", type(message).__name__)
 
-    def _start_trainer(self) -> None:
+    def _start_trainer(self, profile: Profile | None) -> None:
         address = self._link.getsockopt_string(zmq.LAST_ENDPOINT)
-        command = [*self._trainer_command, address, str(self._worker_file), str(os.getpid())]
         with _blocked(SIGNALS):  # the trainer inherits this: it takes orders from us alone
-            self._trainer = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=_trainer_environment())
-
-    def _stop_trainer(self) -> None:
-        if self._trainer:
-            self._trainer.kill()
-            self._trainer.wait()
-            self._trainer = None
+            self._trainers.start(address, profile, _trainer_environment())
 
     def _trainer_ended(self, returncode: int) -> None:
         self._hear_trainer(wait_ms=LAST_WORDS_MS)
-        self._trainer = None
         self._link.close(linger=0)
         self._link = self._bind_link()  # a fresh one: nothing of the old trainer reaches the next
         self._do(self._core.trainer_exited(returncode, time.monotonic()))
@@ -227,7 +218,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _close(self) -> None:
-        self._stop_trainer()
+        self._trainers.close()
         self._broker.disable_monitor()
         self._monitor.close(linger=0)
         self._broker.close(linger=FAREWELL_MS)
@@ -272,7 +263,9 @@ def _dial(context: zmq.Context[zmq.Socket[bytes]], config: WorkerConfig) -> tupl
 
 
 def _trainer_environment() -> dict[str, str]:
-    env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # Looking for a GPU must leave the trainers' parent fit to fork.
+    env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTORCH_NVML_BASED_CUDA_CHECK="1")
+    env.setdefault("OPENBLAS_NUM_THREADS", "1")  # it would start them when it is imported, before the fork
     if "SLURM_CPUS_PER_TASK" in env:
         env.setdefault("OMP_NUM_THREADS", env["SLURM_CPUS_PER_TASK"])
     return env

@@ -127,3 +127,4 @@ class WorkerConfig(_Table, frozen=True):
     checkpoint_s: float
     steps: bool  # launch a Slurm step for each request
     srun: str = "srun"
+    more_models: dict[str, str] = {}  # name -> directory: what this worker may load beside `model`

@@ -316,6 +316,7 @@ class Register(Message, frozen=True):
 class Heartbeat(Message, frozen=True):
     epoch: int
     rss_mb: float = 0.0
+    models: list[Name] = []  # loaded base models: a request for one of these waits for no load
 
 
 class Profile(Frozen, frozen=True):

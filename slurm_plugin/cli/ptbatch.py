@@ -256,7 +256,7 @@ def _max_steps(options: dict[str, Any], rows: int) -> int | None:
     """With --epochs, as many steps as these are at most: the worker may keep rows back for evaluation."""
     if options["max_steps"] is not None or options["epochs"] is None:
         return options["max_steps"]  # type: ignore[no-any-return]  # options are click's: an int or None here
-    batch = (options["batch_size"] or _default("batch_size")) * (options["accumulate_steps"] or 1)
+    batch: int = (options["batch_size"] or _default("batch_size")) * (options["accumulate_steps"] or 1)
     epochs: float = options["epochs"]
     return min(MOST_STEPS, max(1, math.ceil(epochs * rows / min(batch, rows))))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from broker.protocol.errors import ConfigError
-from tuner.model import base_digest, load_base
+from tuner.model import load_base
+from tuner.reading import base_digest
 
 
 @pytest.fixture

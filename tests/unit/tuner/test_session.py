@@ -421,4 +421,4 @@ def test_warming_up_trains_for_real_and_leaves_nothing(make_session: MakeSession
     assert seconds > 0
     assert profile.base_s + profile.per_request_s > 0
     assert not session.busy
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["base_models"])

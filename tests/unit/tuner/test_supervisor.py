@@ -206,16 +206,16 @@ def site() -> Iterator[Site]:
     shutil.rmtree(folder)
 
 
-def trainer_of(worker: subprocess.Popen[bytes]) -> int:
-    """The pid of the worker's trainer."""
+def child_of(worker: subprocess.Popen[bytes], name: str = "pt-trainer") -> int:
+    """The pid of the worker's trainer, or of that one's parent."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
         for child in children:
-            if "fake_trainer" in Path(f"/proc/{child}/cmdline").read_text():
+            if Path(f"/proc/{child}/comm").read_text() == f"{name}\n":
                 return int(child)
         time.sleep(0.02)
-    raise AssertionError("no trainer")
+    raise AssertionError(f"no {name}")
 
 
 def await_gone(pid: int) -> None:
@@ -244,6 +244,12 @@ def test_heartbeats_tell_the_trainers_memory(site: Site) -> None:
     site.start()
     site.broker.await_loaded()
     assert site.broker.await_(Heartbeat, lambda beat: beat.rss_mb > 1).epoch == 1
+
+
+def test_heartbeats_tell_the_resident_models(site: Site) -> None:
+    site.start()
+    site.broker.await_loaded()
+    assert site.broker.await_(Heartbeat, lambda beat: bool(beat.models)).models == ["fake"]
 
 
 def test_a_request_is_trained_and_its_result_repeated_until_it_is_acknowledged(site: Site) -> None:
@@ -280,7 +286,8 @@ def test_a_killed_trainer_gives_its_requests_back_and_another_one_starts(site: S
     site.broker.await_loaded()
     site.broker.assign(1)
     site.broker.await_(Progress)
-    first = trainer_of(worker)
+    first, parent = child_of(worker), child_of(worker, "pt-parent")
+    site.gate.unlink()
     os.kill(first, signal.SIGKILL)
     leaving = site.broker.await_(Leaving)
     assert leaving.reason == "trainer killed by signal 9" and leaving.restarting and not leaving.final
@@ -288,10 +295,36 @@ def test_a_killed_trainer_gives_its_requests_back_and_another_one_starts(site: S
     site.broker.assign(1, attempt=2)  # too early: the new trainer still loads
     early = site.broker.await_(Leaving)
     assert early.given_back == [Running(request_id=1, attempt=2)] and early.restarting
+    site.gate.touch()
     site.broker.await_(Ready)
-    assert trainer_of(worker) != first
+    assert child_of(worker) != first and child_of(worker, "pt-parent") == parent
     site.broker.assign(1, attempt=3, max_steps=2)
     assert site.broker.await_(Ended).attempt == 3
+
+
+def test_the_end_of_the_trainers_parent_costs_no_request(site: Site) -> None:
+    worker = site.start()
+    site.broker.await_loaded()
+    site.broker.assign(1)
+    site.broker.await_(Progress)
+    trainer, parent = child_of(worker), child_of(worker, "pt-parent")
+    os.kill(parent, signal.SIGKILL)
+    site.broker.assign(2, max_steps=3)
+    assert site.broker.await_(Ended).request_id == 2
+    assert child_of(worker) == trainer
+    os.kill(trainer, signal.SIGKILL)
+    assert site.broker.await_(Leaving).given_back == [Running(request_id=1, attempt=1)]
+    site.broker.await_(Ready)
+    assert child_of(worker, "pt-parent") != parent
+
+
+def test_a_forked_trainer_measures_nothing_twice(site: Site) -> None:
+    worker = site.start()
+    site.broker.await_(Register)
+    first = site.broker.await_(Ready)
+    os.kill(child_of(worker), signal.SIGKILL)
+    again = site.broker.await_(Ready)
+    assert again.profile == first.profile
 
 
 def test_a_fault_of_the_session_is_not_the_requests_end(site: Site) -> None:
@@ -321,7 +354,7 @@ def test_a_model_that_cannot_be_loaded_is_told_with_its_reason(site: Site) -> No
 def test_a_restarted_broker_gets_the_worker_back_with_its_requests_and_results(site: Site) -> None:
     worker = site.start()
     site.broker.await_loaded()
-    trainer = trainer_of(worker)
+    trainer = child_of(worker)
     site.broker.acknowledge = False
     site.broker.assign(1)
     site.broker.assign(2, max_steps=2)
@@ -339,7 +372,7 @@ def test_a_restarted_broker_gets_the_worker_back_with_its_requests_and_results(s
     assert (caught_up.request_id, caught_up.epoch, caught_up.start) == (1, 2, "random")
     repeated = site.broker.await_(Ended)
     assert repeated == msgspec.structs.replace(result, epoch=2)
-    assert trainer_of(worker) == trainer
+    assert child_of(worker) == trainer
 
 
 def test_attempts_that_the_broker_dropped_are_stopped(site: Site) -> None:
@@ -364,7 +397,7 @@ def test_a_wrong_key_ends_the_worker_before_anything_is_loaded(site: Site) -> No
 def test_goodbye_ends_the_worker_and_its_trainer_at_once(site: Site) -> None:
     worker = site.start()
     site.broker.await_loaded()
-    trainer = trainer_of(worker)
+    trainer = child_of(worker)
     site.broker.send(Goodbye(reason="another holds the slot"))
     assert site.broker.await_silence(worker) == 0
     await_gone(trainer)
@@ -375,7 +408,7 @@ def test_goodbye_ends_the_worker_and_its_trainer_at_once(site: Site) -> None:
 def test_a_signal_gives_everything_back_and_ends_well(site: Site, number: signal.Signals) -> None:
     worker = site.start()
     site.broker.await_loaded()
-    trainer = trainer_of(worker)
+    trainer = child_of(worker)
     site.broker.assign(1)
     site.broker.await_(Progress)
     os.kill(trainer, number)  # Slurm signals every process of a step; the trainer heeds only its supervisor
@@ -392,7 +425,7 @@ def test_a_signal_while_loading_ends_at_once(site: Site) -> None:
     site.gate.unlink()
     worker = site.start()
     site.broker.await_(Register)
-    trainer = trainer_of(worker)
+    trainer = child_of(worker)
     worker.send_signal(signal.SIGTERM)
     assert site.broker.await_silence(worker) == 0
     await_gone(trainer)
@@ -434,7 +467,7 @@ def test_a_worker_without_a_broker_trains_on_then_ends_itself(site: Site) -> Non
     site.broker.await_loaded()
     site.broker.assign(1)
     site.broker.await_(Progress)
-    trainer = trainer_of(worker)
+    trainer = child_of(worker)
     site.broker.close()
     assert worker.wait(LIMIT_S) == 3
     assert (site.folder / "given_back").exists()
@@ -454,7 +487,7 @@ def test_a_silent_broker_is_registered_with_again(site: Site) -> None:
 def test_the_trainer_dies_with_its_supervisor(site: Site) -> None:
     worker = site.start()
     site.broker.await_loaded()
-    trainer = trainer_of(worker)
+    trainer = child_of(worker)
     worker.kill()
     await_gone(trainer)
 

@@ -25,6 +25,10 @@ class FakeSession:
         self.assigned: dict[int, Assign] = {}
         self.done: dict[int, int] = {}
 
+    @property
+    def resident_models(self) -> list[str]:
+        return [self.config.model]
+
     def load(self) -> dict[str, float]:
         if self.config.model == "unloadable":
             raise ConfigError("no model here", "look elsewhere")
@@ -35,8 +39,11 @@ class FakeSession:
             time.sleep(STEP_S)
         return {"imports": 0.1, "read": 0.2, "to_device": 0.3}
 
+    def first_step(self) -> float:
+        return 0.2
+
     def warm_up(self) -> tuple[float, Profile]:
-        return 0.4, Profile(base_s=0.001, per_request_s=STEP_S)
+        return 0.4, Profile(base_s=time.monotonic(), per_request_s=STEP_S)
 
     @property
     def busy(self) -> bool:
@@ -74,4 +81,4 @@ class FakeSession:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], FakeSession))
+    sys.exit(main(sys.argv[1:], FakeSession, lambda config: None))
