@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.processes import kill, supervisors, trainers, until
+from tests.processes import forks, kill, supervisors, trainers, until
 from tests.site import BIN, WORLD
 
 _ROOMS = ("bank", "broker", "tuner", "slurm_plugin", "click", "msgspec", "zmq")
@@ -142,6 +142,10 @@ class Embedded:
         """The training processes of this broker: allocation name by pid."""
         return trainers(self.dir)
 
+    def forks(self) -> dict[int, str]:
+        """The training processes and the parents that they are forked from: allocation name by pid."""
+        return forks(self.dir)
+
     def log(self) -> str:
         file = self.state_dir / "broker.log"
         return file.read_text(errors="replace")[-3000:] if file.exists() else ""
@@ -149,7 +153,7 @@ class Embedded:
     def down(self) -> None:
         """Ends whatever still runs, and removes the folders; the traps must not have been touched."""
         self.run("ptctl", "broker", "stop", code=None)
-        for pid in (*self.supervisors(), *self.trainers()):
+        for pid in (*self.supervisors(), *self.forks()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         was_trapped = self.trapped.read_text() if self.trapped.exists() else ""

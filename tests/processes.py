@@ -30,6 +30,11 @@ def supervisors(root: Path) -> dict[int, str]:
 
 def trainers(root: Path) -> dict[int, str]:
     """The training processes whose files are below `root`: allocation name by pid."""
+    return {pid: name for pid, name in forks(root).items() if _name(pid) == "pt-trainer"}
+
+
+def forks(root: Path) -> dict[int, str]:
+    """The training processes and the parents that they are forked from: allocation name by pid."""
     return _workers(root, "tuner.trainer")
 
 
@@ -42,6 +47,13 @@ def _workers(root: Path, module: str) -> dict[int, str]:
             if root in file.parents:
                 found[pid] = file.parent.name
     return found
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def cmdline(pid: int) -> list[str]:

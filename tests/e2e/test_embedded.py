@@ -374,7 +374,7 @@ def test_a_killed_worker_is_replaced_and_its_requests_go_on_elsewhere(rough: Emb
     rough.until_warm(2)
     _, allocation, held = kill_one(rough, rough.supervisors())
     assert allocation not in [rough.row(request_id)["allocation"] for request_id in held]
-    until(lambda: allocation not in rough.trainers().values(), 30, "its trainer is gone too")
+    until(lambda: allocation not in rough.forks().values(), 30, "its trainer is gone too")
     assert len(rough.until_warm(2)) == 2
 
 
@@ -393,8 +393,8 @@ def test_keep_workers_hands_warm_workers_to_the_next_broker(rough: Embedded) -> 
 def test_stop_ends_every_worker_and_the_next_broker_still_knows_the_requests(rough: Embedded) -> None:
     request_id = rough.submit(TASK, *LONGER)
     until(lambda: rough.row(request_id)["step"] > 20, 60, "it trains")
-    pids = [*rough.supervisors(), *rough.trainers()]
-    assert len(pids) == 4
+    pids = [*rough.supervisors(), *rough.forks()]
+    assert len(pids) == 6, "two workers, each with a trainer and the parent of trainers"
     rough.run("ptctl", "broker", "stop")
     until(lambda: not [pid for pid in pids if alive(pid)], 30, "all processes of the workers are gone")
     rough.start()
