@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import emit, options
 from benchmarks.waiting_broker import WaitingBroker, waiting_broker
 from broker.net.client import BrokerClient, Contact
-from broker.protocol.messages import Accounting, Requests, RequestSpec, Submit, Submitted
+from broker.protocol.messages import Accounting, Requests, Submit, Submitted
+from broker.protocol.spec import RequestSpec
 
 CLIENTS = 8
 RESEND_S = 1.0

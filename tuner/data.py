@@ -12,7 +12,7 @@ import numpy as np
 from broker.protocol.errors import DataError
 
 if TYPE_CHECKING:
-    from broker.protocol.messages import RequestSpec
+    from broker.protocol.spec import RequestSpec
     from tuner.model import Base
 
 _EVAL_ROWS = 64  # split off when the request brings no evaluation rows

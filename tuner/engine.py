@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bank.store import Bank
 from broker.protocol.errors import DataError
-from broker.protocol.messages import Assign, Profile, RequestSpec
+from broker.protocol.messages import Assign, Profile
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import Init
 from tuner import packing, result
 from tuner.checkpoint import Checkpoints

@@ -20,7 +20,8 @@ from typing import Any
 import msgspec
 
 from broker.protocol.errors import DataError, PromptTunerError
-from broker.protocol.messages import Assign, Ended, Progress, RequestSpec
+from broker.protocol.messages import Assign, Ended, Progress
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import RequestState
 from tuner.session import Session
 

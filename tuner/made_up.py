@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from broker.protocol.messages import Assign, RequestSpec
+from broker.protocol.messages import Assign
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import Init
 from tuner.data import BatchOrder, load_dataset
 from tuner.model import Base

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from broker.protocol.messages import RequestSpec
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import Rule, Schedule
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8

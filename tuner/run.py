@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from broker.protocol.messages import Assign, RequestSpec
+from broker.protocol.messages import Assign
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import Metric, Rule
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from broker.policy.estimate import remaining_s
 from broker.policy.scaling import forecast
 from broker.protocol.errors import NotFound, Refused, UsageError
-from broker.protocol.messages import Cancel, Goodbye, Identity, Register, RequestSpec, Submit
+from broker.protocol.messages import Cancel, Goodbye, Register, Submit
+from broker.protocol.spec import Identity, RequestSpec
 from broker.protocol.states import AllocationState, OnMiss, RequestState
 from broker.state.events import Now, RequestCancelled, RequestSubmitted, WorkerRegistered
 from broker.state.model import Request, State

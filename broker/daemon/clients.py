@@ -14,7 +14,9 @@ from broker.daemon.turn import Turn
 from broker.net.doors import ClientDoor
 from broker.protocol import messages
 from broker.protocol.errors import NotFound, PromptTunerError, Refused, Transient, UsageError
-from broker.protocol.messages import ErrorReply, Identity, Message, RequestRow
+from broker.protocol.messages import ErrorReply, Message
+from broker.protocol.rows import AllocationRow, PoolRow, RequestRow
+from broker.protocol.spec import Identity
 from broker.protocol.states import AllocationState, RequestState
 from broker.state.events import Now
 from broker.state.model import Allocation, Request, State
@@ -227,7 +229,7 @@ def info(state: State, about: About) -> messages.InfoReply:
     for name, pool in state.site.pools.items():
         health = state.health.get(name)
         pools.append(
-            messages.PoolRow(
+            PoolRow(
                 name=name,
                 model=pool.model,
                 partition=pool.partition,
@@ -255,9 +257,9 @@ def info(state: State, about: About) -> messages.InfoReply:
     )
 
 
-def _allocation_row(allocation: Allocation, slots: int) -> messages.AllocationRow:
+def _allocation_row(allocation: Allocation, slots: int) -> AllocationRow:
     idle = allocation.state is AllocationState.WARM and not allocation.running
-    return messages.AllocationRow(
+    return AllocationRow(
         name=allocation.name,
         pool=allocation.pool,
         state=allocation.state,

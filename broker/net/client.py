@@ -14,16 +14,7 @@ from msgspec import Struct
 
 from broker.net.munge import Munge, digest_of
 from broker.protocol.errors import AuthError, BrokerUnreachable, Transient, error_for
-from broker.protocol.messages import (
-    ClientReply,
-    ErrorReply,
-    Message,
-    Update,
-    Watch,
-    client_reply_decoder,
-    pack,
-    unpack,
-)
+from broker.protocol.messages import ClientReply, ErrorReply, Message, Update, Watch, client_reply_decoder, pack, unpack
 
 MAX_REPLY_BYTES = 1 << 30
 IPC_PATH_MAX = 107  # sun_path, without its closing NUL

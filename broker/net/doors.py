@@ -18,13 +18,13 @@ from broker.protocol.messages import (
     ClientRequest,
     ErrorReply,
     FromWorker,
-    Identity,
     Message,
     client_request_decoder,
     from_worker_decoder,
     pack,
     unpack,
 )
+from broker.protocol.spec import Identity
 
 log = logging.getLogger(__name__)
 

@@ -8,74 +8,18 @@ from __future__ import annotations
 from typing import Annotated, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from broker.protocol.errors import PromptTunerError, ProtocolMismatch
-from broker.protocol.states import AllocationState, Init, Metric, OnMiss, RequestState, Rule, Schedule, Share
+from broker.protocol.rows import PoolRow, RequestRow
+from broker.protocol.spec import Digest, Frozen, Name, RequestId, RequestIds, RequestSpec
+from broker.protocol.states import RequestState
 
 PROTOCOL = 1
-
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
-Text = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*\Z")]
-Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-RequestId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
-AllocationId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
-RequestIds = Annotated[list[RequestId], Meta(max_length=20_000)]  # each one is a look into the journal
-UnixS = Annotated[float, Meta(ge=0, le=253402300799)]
-
-
-class Frozen(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The base of every value here."""
 
 
 class Message(Frozen, frozen=True, tag=True):
     """The base of what travels alone."""
-
-
-# --- what a user asks for -------------------------------------------------------------------------------------------
-
-
-class RequestSpec(Frozen, frozen=True):
-    """One tuning request as its user worded it: data by digest, hyper-parameters, target, deadline. No code, no
-    paths."""
-
-    model: Name
-    train: Digest
-    eval: Digest | None = None  # None: a split of the training rows
-    job_name: Name = "prompt"
-    account: Name | None = None  # None: the user's default account
-    partition: Name | None = None
-    qos: Name | None = None
-    comment: Text = ""
-    virtual_tokens: Annotated[int, Meta(ge=1, le=512)] = 16
-    init: Init = Init.BANK
-    init_text: Text = ""
-    metric: Metric = Metric.LOSS
-    target_score: Annotated[float, Meta(ge=-1e9, le=1e9)] | None = None
-    max_steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 250
-    eval_every: Annotated[int, Meta(ge=1, le=10_000)] = 5
-    batch_size: Annotated[int, Meta(ge=1, le=1024)] = 8
-    rate: Annotated[float, Meta(gt=0, le=100)] = 0.3  # of each virtual token's own size, a step (dimensionless)
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
-    deadline_unix_s: UnixS | None = None
-    on_miss: OnMiss = OnMiss.CONTINUE
-    share: Share = Share.PRIVATE
-    rule: Rule = Rule.SCALED  # with ADAMW, `rate` is the plain learning rate
-    weight_decay: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    clip_norm: Annotated[float, Meta(gt=0, le=1e9)] | None = None  # of the request's own gradient
-    schedule: Schedule = Schedule.CONSTANT
-    warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None  # None: the rule's own
-    accumulate_steps: Annotated[int, Meta(ge=1, le=1024)] = 1  # batches in each step
-    epochs: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None  # ends there, or at max_steps if that is sooner
-    patience: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None  # evaluations without a better prompt
-
-
-class Identity(Frozen, frozen=True):
-    """Who a message is from, as the authenticator (never the message) says."""
-
-    uid: int
-    user: str
-    admin: bool = False
 
 
 # --- login node -> broker -------------------------------------------------------------------------------------------
@@ -158,62 +102,6 @@ class Submitted(Message, frozen=True):
     note: str = ""  # why a deadline is likely missed, if it is
 
 
-class RequestRow(Frozen, frozen=True, array_like=True):
-    """One request as listings and accounting see it. Times are epoch seconds, 0 for 'not yet'."""
-
-    id: int
-    job_name: str
-    model: str
-    pool: str
-    partition: str
-    uid: int
-    user: str
-    account: str
-    qos: str
-    state: RequestState
-    reason: str
-    submit_unix_s: float
-    deadline_unix_s: float
-    predicted_finish_unix_s: float
-    start_unix_s: float
-    first_step_unix_s: float
-    end_unix_s: float
-    step: int
-    max_steps: int
-    loss: float | None
-    score: float | None
-    metric: str
-    target_score: float | None
-    start: str  # which initial prompt it got: bank:<digest>, random, text
-    lookup_s: float
-    gpu_s: float
-    attempts: int
-    allocation: str
-    job_id: str
-    nodes: str
-    step_id: str  # the Slurm step that shows it
-    comment: str
-    error: str
-    exit_code: int
-    cancelled_by: int | None
-    virtual_tokens: int
-    batch_size: int
-    seed: int
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the deadline was met: None while open or without one."""
-        if not self.deadline_unix_s or not self.state.final:
-            return None
-        return self.state is RequestState.COMPLETED and self.end_unix_s <= self.deadline_unix_s
-
-    @property
-    def slack_s(self) -> float | None:
-        """Seconds between the (predicted or real) end and the deadline; negative when late."""
-        end = self.end_unix_s or self.predicted_finish_unix_s
-        return self.deadline_unix_s - end if self.deadline_unix_s and end else None
-
-
 class Requests(Message, frozen=True):
     """The answer to `Queue` and `Accounting`."""
 
@@ -224,44 +112,6 @@ class Requests(Message, frozen=True):
 class Cancelled(Message, frozen=True):
     ids: list[int]
     already_ended: list[int] = []
-
-
-class AllocationRow(Frozen, frozen=True):
-    """One allocation as `ptinfo -N` sees it."""
-
-    name: str
-    pool: str
-    state: AllocationState
-    job_id: str
-    node: str
-    gpus: str
-    running: list[int]
-    slots: int
-    ordered_unix_s: float
-    started_unix_s: float
-    ready_unix_s: float
-    end_unix_s: float  # when Slurm will end it; 0 for unknown
-    idle_since_unix_s: float
-    phases_s: dict[str, float]
-    rss_mb: float
-    reason: str
-
-
-class PoolRow(Frozen, frozen=True):
-    """One pool as `ptinfo` sees it."""
-
-    name: str
-    model: str
-    partition: str
-    min_workers: int
-    max_workers: int
-    idle_window_s: float
-    slots: int
-    gpus_per_worker: int
-    pending_requests: int
-    available: bool
-    reason: str
-    allocations: list[AllocationRow]
 
 
 class InfoReply(Message, frozen=True):

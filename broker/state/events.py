@@ -12,7 +12,8 @@ import msgspec
 from msgspec import Struct
 
 from broker.allocations import JobState
-from broker.protocol.messages import Profile, RequestSpec, Running
+from broker.protocol.messages import Profile, Running
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import RequestState
 
 

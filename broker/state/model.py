@@ -10,7 +10,9 @@ from msgspec import Struct, field
 
 from broker.allocations import Account
 from broker.protocol.config import PoolConfig, SiteConfig
-from broker.protocol.messages import Profile, RequestRow, RequestSpec
+from broker.protocol.messages import Profile
+from broker.protocol.rows import RequestRow
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import AllocationState, Reason, RequestState
 
 

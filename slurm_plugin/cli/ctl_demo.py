@@ -17,7 +17,9 @@ import click
 from msgspec import Struct
 
 from broker.protocol.errors import ConfigError
-from broker.protocol.messages import RequestRow, RequestSpec, Shutdown, Submit, Submitted, Watch
+from broker.protocol.messages import Shutdown, Submit, Submitted, Watch
+from broker.protocol.rows import RequestRow
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import Init, RequestState
 from slurm_plugin.cli.common import expect, open_broker
 from slurm_plugin.cli.ctl_broker import launch

@@ -6,7 +6,7 @@ import os
 from datetime import datetime
 from typing import Any
 
-from broker.protocol.messages import RequestRow
+from broker.protocol.rows import RequestRow
 from broker.protocol.states import RequestState
 from broker.protocol.times import format_duration, format_instant
 from slurm_plugin.cli.table import Field

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker.protocol.errors import NotFound
-from broker.protocol.messages import Fetch, FetchReply, RequestRow, Watch
+from broker.protocol.messages import Fetch, FetchReply, Watch
+from broker.protocol.rows import RequestRow
 from broker.protocol.states import RequestState
 from broker.protocol.times import format_duration, format_instant
 from slurm_plugin.cli.common import expect, printable, say

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from broker.protocol.errors import NotFound, UsageError
-from broker.protocol.messages import Accounting, RequestRow, Requests
+from broker.protocol.messages import Accounting, Requests
+from broker.protocol.rows import RequestRow
 from broker.protocol.states import RequestState
 from broker.protocol.times import format_instant, parse_instant
 from slurm_plugin.cli.common import (

@@ -13,7 +13,8 @@ import msgspec
 from click.core import ParameterSource
 
 from broker.protocol.errors import BrokerUnreachable, DataError, ProtocolMismatch, Transient, UsageError
-from broker.protocol.messages import RequestSpec, Submit, Submitted
+from broker.protocol.messages import Submit, Submitted
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import Init, Metric, OnMiss, Rule, Schedule, Share
 from broker.protocol.times import format_instant
 from slurm_plugin.cli.common import envelope, expect, printable, refuse, say, standard_options, warn

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import click
 import msgspec
 
-from broker.protocol.messages import AllocationRow, Info, InfoReply, PoolRow
+from broker.protocol.messages import Info, InfoReply
+from broker.protocol.rows import AllocationRow, PoolRow
 from broker.protocol.states import AllocationState
 from broker.protocol.times import format_duration
 from slurm_plugin.cli.common import command, envelope, expect, open_broker, refuse, split_list

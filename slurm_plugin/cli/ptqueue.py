@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker.protocol.errors import NotFound, UsageError
-from broker.protocol.messages import Queue, RequestRow, Requests
+from broker.protocol.messages import Queue, Requests
+from broker.protocol.rows import RequestRow
 from broker.protocol.states import RequestState
 from broker.protocol.times import format_duration, format_instant
 from slurm_plugin.cli.common import (

@@ -12,7 +12,8 @@ from broker.core.commands import AnyCommand
 from broker.core.schedule import decide, observe
 from broker.core.step import step
 from broker.protocol.config import Duration, LimitsConfig, ModelConfig, PoolConfig, SiteConfig
-from broker.protocol.messages import Goodbye, Identity, Profile, Register, RequestSpec, Running, Submit
+from broker.protocol.messages import Goodbye, Profile, Register, Running, Submit
+from broker.protocol.spec import Identity, RequestSpec
 from broker.protocol.states import RequestState
 from broker.state import events
 from broker.state.events import AnyEvent, Now

@@ -17,7 +17,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from broker.protocol.messages import Assign, RequestSpec
+from broker.protocol.messages import Assign
+from broker.protocol.spec import RequestSpec
 from tuner.model import Base, load_base
 from tuner.session import Session
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from broker.protocol.messages import RequestSpec
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import Rule, Schedule
 from tuner.optimizer import PromptState, StepRule, update
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from broker.protocol.messages import Assign, Ended, RequestSpec
+from broker.protocol.messages import Assign, Ended
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import Init
 from tuner.session import Session
 

@@ -21,11 +21,11 @@ from broker.protocol.messages import (
     Ready,
     Register,
     Registered,
-    RequestSpec,
     Reregister,
     Running,
     Stop,
 )
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import RequestState
 from tuner.actions import Action, EndStep, Exit, StartStep, StartTrainer, StopTrainer, ToBroker, ToTrainer
 from tuner.link import GaveBack, GiveBack, Loaded, Unloadable

@@ -33,7 +33,6 @@ from broker.protocol.messages import (
     Ready,
     Register,
     Registered,
-    RequestSpec,
     Reregister,
     Running,
     Stop,
@@ -41,6 +40,7 @@ from broker.protocol.messages import (
     pack,
     unpack,
 )
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import RequestState
 
 PROCESSES = Path(__file__).with_name("processes")

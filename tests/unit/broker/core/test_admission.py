@@ -10,7 +10,8 @@ from broker.allocations import Account
 from broker.core.admission import admit, cancellations, check_promise, predict, visible
 from broker.protocol.config import LimitsConfig
 from broker.protocol.errors import NotFound, PromptTunerError, Refused, UsageError
-from broker.protocol.messages import Cancel, Goodbye, Identity, Submit
+from broker.protocol.messages import Cancel, Goodbye, Submit
+from broker.protocol.spec import Identity
 from broker.protocol.states import OnMiss, RequestState
 from broker.state.model import Request
 from tests.unit.broker.worlds import ADMIN, ALICE, BOB, World, encoded, pool, site, spec

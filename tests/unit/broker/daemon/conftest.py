@@ -29,13 +29,11 @@ from broker.protocol.messages import (
     Assign,
     Ended,
     HeartbeatAck,
-    Identity,
     Message,
     Profile,
     Ready,
     Register,
     Registered,
-    RequestSpec,
     Running,
     Submit,
     Submitted,
@@ -43,6 +41,7 @@ from broker.protocol.messages import (
     to_worker_decoder,
     unpack,
 )
+from broker.protocol.spec import Identity, RequestSpec
 from broker.protocol.states import RequestState
 from broker.store.journal import Journal
 from tests.unit.broker.worlds import ALICE, pool, site, spec

@@ -37,12 +37,9 @@ from broker.protocol.messages import (
     Info,
     InfoReply,
     Leaving,
-    PoolRow,
     Progress,
     Queue,
-    RequestRow,
     Requests,
-    RequestSpec,
     Reregister,
     Shutdown,
     ShuttingDown,
@@ -51,6 +48,8 @@ from broker.protocol.messages import (
     Submitted,
     Watch,
 )
+from broker.protocol.rows import PoolRow, RequestRow
+from broker.protocol.spec import RequestSpec
 from broker.protocol.states import AllocationState, RequestState
 from tests.unit.broker.daemon.conftest import LIMIT_S, ROWS, Broker, until
 from tests.unit.broker.worlds import ADMIN, ALICE, BOB

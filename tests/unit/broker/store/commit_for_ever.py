@@ -5,7 +5,7 @@ from pathlib import Path
 
 from broker.core.step import step
 from broker.protocol.config import ModelConfig, PoolConfig, SiteConfig
-from broker.protocol.messages import RequestSpec
+from broker.protocol.spec import RequestSpec
 from broker.state.events import Now, RequestSubmitted
 from broker.state.model import State
 from broker.store.journal import Batch, Journal

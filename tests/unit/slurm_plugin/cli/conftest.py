@@ -16,7 +16,8 @@ import pytest
 import zmq
 from click.testing import CliRunner, Result
 
-from broker.protocol.messages import Message, RequestRow, client_request_decoder, pack, unpack
+from broker.protocol.messages import Message, client_request_decoder, pack, unpack
+from broker.protocol.rows import RequestRow
 from broker.protocol.states import RequestState
 
 Answer = Callable[[Any], Message | list[Message] | None]

@@ -17,12 +17,12 @@ from broker.protocol.messages import (
     ErrorReply,
     Fetch,
     FetchReply,
-    RequestRow,
     Requests,
     Submitted,
     Update,
     Watch,
 )
+from broker.protocol.rows import RequestRow
 from broker.protocol.states import RequestState
 from slurm_plugin import __version__
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from broker.protocol.messages import AllocationRow, InfoReply, PoolRow, RequestRow, Requests
+from broker.protocol.messages import InfoReply, Requests
+from broker.protocol.rows import AllocationRow, PoolRow, RequestRow
 from broker.protocol.states import AllocationState, RequestState
 from slurm_plugin.cli.fields import slack_text
 

@@ -18,7 +18,8 @@ import msgspec
 import pytest
 from click.testing import Result
 
-from broker.protocol.messages import ErrorReply, Fetch, FetchReply, RequestRow, Submit, Submitted, Update, Watch
+from broker.protocol.messages import ErrorReply, Fetch, FetchReply, Submit, Submitted, Update, Watch
+from broker.protocol.rows import RequestRow
 from broker.protocol.states import Init, Metric, OnMiss, RequestState, Rule, Schedule, Share
 from slurm_plugin.cli import ptbatch
 
@@ -465,7 +466,7 @@ def test_an_interrupt_leaves_the_request_running_and_says_so(broker: Any, row: R
 
 def test_every_request_option_has_its_bounds_from_the_protocol() -> None:
     """The command's ranges and the protocol's are written twice: here they are held together."""
-    from broker.protocol.messages import RequestSpec
+    from broker.protocol.spec import RequestSpec
 
     names = {"virtual_tokens": "prompt_tokens"}
     params = {param.name: param for param in ptbatch.main.params}
