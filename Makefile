@@ -32,7 +32,7 @@ cluster-down:
 	$(PYTHON) tests/cluster down --dir $(CLUSTER_DIR)
 
 bench: $(VENV)/.installed  ## the benchmarks, as tables
-	for script in benchmarks/warm_start.py benchmarks/submit.py benchmarks/cli.py; do $(BIN)/python $$script || exit 1; done
+	for name in warm_start submit cli packing cold_start; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 dev: $(VENV)/.installed  ## the checkout itself instead of a copy of it
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
