@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from tuner.model import Base
 from tuner.optimizer import PromptState, update
 from tuner.run import History, Restart, Run
 from tuner.start import first_prompt, random_prompt
-from tuner.ways import fastest
+from tuner.ways import known_fastest
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +38,9 @@ class Engine:
     """All that a session does with tensors. A step that does not fit into memory is split, to single rows if need be.
     Any call may raise an out-of-memory error all the same; then nothing has changed."""
 
-    def __init__(self, base: Base, bank: Bank, checkpoints: Checkpoints) -> None:
-        self._base = fastest(base)
+    def __init__(self, base: Base, bank: Bank, checkpoints: Checkpoints, kept: Path | None = None) -> None:
+        """`kept` is a private folder for what other processes need not find out again."""
+        self._base = known_fastest(base, kept)
         self._budget = Budget.of(self._base)
         _log.info("%s: %s, at most %d tokens a pass", base.path, self._base.ways.words, self._budget.max_tokens)
         self._bank = bank

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tuner.turns import name_of, node_folder, turn
 
@@ -70,6 +71,24 @@ def known_digest(directory: Path, kept: Path | None) -> str:
         if _identity(directory) == seen:
             _keep(file, json.dumps({"files": seen, "sha256": digest}))
     return digest
+
+
+def recall(directory: Path, kept: Path | None, subject: str) -> Any:
+    """What `remember` kept of these very files under `subject`, or None."""
+    if kept is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((kept / f"{name_of(directory)}.{subject}.json").read_bytes())
+        if found["files"] == _identity(directory):
+            return found["value"]
+    return None
+
+
+def remember(directory: Path, kept: Path | None, subject: str, value: object) -> None:
+    """Keeps a finding about these very files for other processes, in a folder that nobody else may write to."""
+    if kept is not None:
+        content = json.dumps({"files": _identity(directory), "value": value})
+        _keep(kept / f"{name_of(directory)}.{subject}.json", content)
 
 
 def read_once(directory: Path, files: Sequence[Path], shared: Path | None = None) -> float:
@@ -145,4 +164,4 @@ def _keep(file: Path, content: str) -> None:
             written.write(content)
         os.replace(name, file)
     except OSError as error:
-        log.info("the digest is not kept: %s", error)
+        log.info("what was found out of a model is not kept: %s", error)

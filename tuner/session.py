@@ -222,10 +222,14 @@ class Session:
         from tuner.checkpoint import Checkpoints
         from tuner.engine import Engine
 
-        return Engine(base, Bank(self._bank_dir), Checkpoints(self._checkpoint_dir))
+        return Engine(base, Bank(self._bank_dir), Checkpoints(self._checkpoint_dir), self._kept)
 
     def _load_base(self, path: str, beside_training: bool) -> tuple[Base, dict[str, float]]:
-        return load_base(path, self._checkpoint_dir.parent / "base_models", beside_training=beside_training)
+        return load_base(path, self._kept, beside_training=beside_training)
+
+    @property
+    def _kept(self) -> Path:
+        return self._checkpoint_dir.parent / "base_models"
 
     def _model_of(self, assign: Assign) -> str:
         return assign.spec.model if assign.spec.model in self._more_models else self._model

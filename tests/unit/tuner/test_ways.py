@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 
 from tuner import ways
 from tuner.model import Base
-from tuner.ways import fastest
+from tuner.ways import fastest, known_fastest
 
 FAMILIES = ["llama", "gpt2", "qwen2"]
 
@@ -68,3 +71,25 @@ def test_a_model_whose_cache_does_not_allow_it_keeps_the_plain_way(
 
 def _nothing(like: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like, requires_grad=True)
+
+
+def test_what_was_tried_once_is_not_tried_again_until_the_files_change(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def counted(base: Base) -> Base:
+        tried.append(base.path)
+        return fastest(base)
+
+    monkeypatch.setattr(ways, "fastest", counted)
+    model = tmp_path / "model"
+    shutil.copytree(base.path, model)
+    here = dataclasses.replace(base, path=str(model))
+    found = [known_fastest(here, tmp_path / "kept").ways for _ in range(3)]
+    assert found == [fastest(base).ways] * 3 and len(tried) == 1
+    os.utime(model / "config.json", ns=(1, 1))
+    assert known_fastest(here, tmp_path / "kept").ways == found[0] and len(tried) == 2
+    kept = next((tmp_path / "kept").glob("*.ways-*.json"))
+    kept.write_text('{"files": 3}')
+    assert known_fastest(here, tmp_path / "kept").ways == found[0] and len(tried) == 3
