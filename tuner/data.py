@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from broker.protocol.errors import DataError
+from broker.protocol.states import Metric
 
 if TYPE_CHECKING:
     from broker.protocol.spec import RequestSpec
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _EVAL_ROWS = 64  # split off when the request brings no evaluation rows
 _EVAL_SHARE = 5  # one in so many
+MOST_LABELS = 64  # each evaluation row runs once with every label
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -41,6 +43,13 @@ class Example:
 class Dataset:
     train: list[Example]
     eval: list[Example]
+    labels: tuple[tuple[int, ...], ...] = ()  # the distinct targets, where the metric is to choose among them
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest row, an evaluation row with its longest label included."""
+        label = max(map(len, self.labels), default=0)
+        return max(*map(len, self.train), *(len(row) - row.targets + max(row.targets, label) for row in self.eval))
 
 
 def load_dataset(base: Base, spec: RequestSpec, train: bytes, evaluation: bytes | None) -> Dataset:
@@ -50,8 +59,28 @@ def load_dataset(base: Base, spec: RequestSpec, train: bytes, evaluation: bytes 
     room = base.positions - spec.virtual_tokens
     examples = read_examples(base, train, room, "training")
     if evaluation is not None:
-        return Dataset(examples, read_examples(base, evaluation, room, "evaluation"))
-    return split(examples, spec.seed)
+        data = Dataset(examples, read_examples(base, evaluation, room, "evaluation"))
+    else:
+        data = split(examples, spec.seed)
+    return _with_labels(data, room) if spec.metric is Metric.LABEL_ACCURACY else data
+
+
+def _with_labels(data: Dataset, room: int) -> Dataset:
+    """Raises `DataError` for more targets than labels, and where the longest one does not fit behind some input."""
+    labels = sorted({row.tokens[-row.targets :] for row in data.train + data.eval})
+    if len(labels) > MOST_LABELS:
+        raise DataError(
+            f"label_accuracy: {len(labels)} different targets, and at most {MOST_LABELS} can be labels",
+            "use --metric=accuracy or token_accuracy, or fewer labels",
+        )
+    found = replace(data, labels=tuple(labels))
+    if found.longest > room:
+        raise DataError(
+            f"label_accuracy: an evaluation row with the longest label has {found.longest} tokens, and {room} fit "
+            "beside the virtual tokens",
+            "shorten the rows or use fewer virtual tokens",
+        )
+    return found
 
 
 def read_examples(base: Base, rows: bytes, room: int, what: str) -> list[Example]:

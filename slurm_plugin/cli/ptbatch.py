@@ -56,7 +56,11 @@ def _number(kind: type[int] | type[float], low: float, high: float, open_low: bo
 )
 @click.option("--init", type=words_of(Init), help="The first prompt.  [default: bank]")
 @click.option("--init-text", metavar="TEXT", help="The text that --init=text begins with.")
-@click.option("--metric", type=words_of(Metric), help="What --target-score is measured in.  [default: loss]")
+@click.option(
+    "--metric",
+    type=words_of(Metric),
+    help="What --target-score is measured in (accuracy: exact match).  [default: loss]",
+)
 @click.option("--target-score", type=float, metavar="X", help="End when the evaluation rows reach this score.")
 @click.option("--max-steps", type=_number(int, 1, MOST_STEPS), metavar="N", help="End after N steps.  [default: 250]")
 @click.option(
@@ -281,7 +285,7 @@ def _check_target(options: dict[str, Any]) -> None:
     score = options["target_score"]
     if score is None:
         return
-    accuracy = options["metric"] == Metric.ACCURACY.value
+    accuracy = options["metric"] not in (None, Metric.LOSS.value)
     if not math.isfinite(score) or score < 0 or (accuracy and score > 1):
         allowed = "an accuracy is 0..1" if accuracy else "a loss is 0 or more"
         raise UsageError(f"--target-score={score:g} cannot be reached", f"{allowed}; --metric says which it is")

@@ -294,6 +294,7 @@ BASE = ("--model=tiny", "--train=train.jsonl")
         ((*BASE, "--init=text"), "--init=text needs --init-text"),
         ((*BASE, "--init=random", "--init-text=x"), "exclude each other"),
         ((*BASE, "--metric=accuracy", "--target-score=90"), "--target-score=90 cannot be reached"),
+        ((*BASE, "--metric=label_accuracy", "--target-score=90"), "an accuracy is 0..1"),
         ((*BASE, "--target-score=nan"), "--target-score=nan cannot be reached"),
         ((*BASE, "--job-name=a\nb"), "--job-name='a\\nb': control characters and empty words are not allowed"),
         ((*BASE, "--comment=" + "x" * 5000), "expected str of length <= 4096"),
