@@ -66,8 +66,10 @@ def test_every_option_reaches_the_request(accepting: Any, run: Run, train: str, 
     words = "--eval=eval.csv --prompt-tokens=4 --init-text=hello --metric=Accuracy --target-score=0.9 --max-steps=9 "
     words += "--eval-every=3 --batch-size=2 --rate=0.5 --seed=11 --deadline=now+1hour --on-miss=drop --share=account "
     words += "-J name -A teama -p gpu -q high --comment=note --epochs=2.5 --patience=4 --rule=adamw --weight-decay=0.1 "
-    words += "--clip-norm=1.5 --schedule=Cosine --warmup-steps=0 --accumulate-steps=3"
-    result = run("ptbatch", "--model=tiny", f"--train={train}", *words.split())
+    words += "--clip-norm=1.5 --schedule=Cosine --warmup-steps=0 --accumulate-steps=3 --max-input-tokens=50 "
+    words += "--max-target-tokens=7"
+    verbalizer = "Text: {input} {0} {x!r}\n:"
+    result = run("ptbatch", "--model=tiny", f"--train={train}", *words.split(), f"--verbalizer={verbalizer}")
     assert result.exit_code == 0, result.stderr
     spec = accepting.heard[0].spec
     assert len(accepting.heard[0].blobs) == 2
@@ -76,6 +78,7 @@ def test_every_option_reaches_the_request(accepting: Any, run: Run, train: str, 
     assert (spec.rate, spec.seed, spec.on_miss, spec.share) == (0.5, 11, OnMiss.DROP, Share.ACCOUNT)
     assert (spec.job_name, spec.account, spec.partition, spec.qos) == ("name", "teama", "gpu", "high")
     assert spec.comment == "note"
+    assert (spec.verbalizer, spec.max_input_tokens, spec.max_target_tokens) == (verbalizer, 50, 7)
     assert (spec.rule, spec.weight_decay, spec.clip_norm, spec.schedule) == (Rule.ADAMW, 0.1, 1.5, Schedule.COSINE)
     assert (spec.epochs, spec.patience, spec.warmup_steps, spec.accumulate_steps) == (2.5, 4, 0, 3)
     assert 3590 < spec.deadline_unix_s - time.time() <= 3600
@@ -295,6 +298,13 @@ BASE = ("--model=tiny", "--train=train.jsonl")
         ((*BASE, "--init=random", "--init-text=x"), "exclude each other"),
         ((*BASE, "--metric=accuracy", "--target-score=90"), "--target-score=90 cannot be reached"),
         ((*BASE, "--metric=label_accuracy", "--target-score=90"), "an accuracy is 0..1"),
+        ((*BASE, "--verbalizer=Text:"), "--verbalizer has no {input}"),
+        ((*BASE, "--verbalizer="), "--verbalizer has no {input}"),
+        ((*BASE, "--verbalizer={input} {input}"), "--verbalizer has {input} 2 times"),
+        ((*BASE, "--verbalizer={input}" + "x" * 4090), "--verbalizer has 4097 characters, and 4096 are the most"),
+        ((*BASE, "--verbalizer={input}\x1b"), "control characters"),
+        ((*BASE, "--max-input-tokens=0"), "0 is not in the range"),
+        ((*BASE, "--max-target-tokens=0"), "0 is not in the range"),
         ((*BASE, "--target-score=nan"), "--target-score=nan cannot be reached"),
         ((*BASE, "--job-name=a\nb"), "--job-name='a\\nb': control characters and empty words are not allowed"),
         ((*BASE, "--comment=" + "x" * 5000), "expected str of length <= 4096"),
