@@ -21,6 +21,7 @@ from slurm_plugin.cli.common import envelope, expect, printable, refuse, say, st
 from slurm_plugin.cli.fields import slack_text
 from slurm_plugin.cli.options import Flag, InstantType, ParamType, SloType, sbatch_options, words_of
 from slurm_plugin.cli.scripted import ScriptedCommand
+from slurm_plugin.cli.tasks import Task, fill_in, presets_help
 
 if TYPE_CHECKING:
     from broker.net.client import BrokerClient
@@ -52,6 +53,7 @@ def _number(kind: type[int] | type[float], low: float, high: float, open_low: bo
 @click.option("--model", metavar="NAME", help="The base model, as ptinfo names it.")
 @click.option("--train", metavar="FILE", help="Training rows: JSON Lines or CSV with input and target.")
 @click.option("--eval", metavar="FILE", help="Evaluation rows; else some of the training rows are kept back.")
+@click.option("--task", type=words_of(Task), help=f"Defaults for options that are not given: {presets_help()}.")
 @click.option(
     "--prompt-tokens", type=_number(int, 1, 512), metavar="N", help="Virtual tokens of the prompt.  [default: 16]"
 )
@@ -144,6 +146,7 @@ def main(ctx: click.Context, /, **options: Any) -> int:
         _change_folder(options["chdir"])
     folder = _output_folder(options)
     _resolve_two_deadlines(ctx, options)
+    fill_in(options)
 
     from slurm_plugin.contact import contact_for, read_site_config
 

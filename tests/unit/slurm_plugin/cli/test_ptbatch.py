@@ -90,6 +90,39 @@ def test_adamw_has_a_rate_of_its_own_unless_told(accepting: Any, run: Run, train
     assert [submit.spec.rate for submit in accepting.heard] == [0.3, ptbatch.ADAMW_RATE, 0.5]
 
 
+@pytest.mark.parametrize(
+    ("task", "values"),
+    [
+        ("classification", (Metric.LABEL_ACCURACY, 10, 15, 16)),
+        ("Generation", (Metric.LOSS, 10, 10, 8)),
+        ("summarization", (Metric.LOSS, 20, 8, 4)),
+    ],
+)
+def test_a_task_chooses_the_defaults_and_help_says_which(
+    accepting: Any, run: Run, train: str, task: str, values: tuple[Any, ...]
+) -> None:
+    result = run("ptbatch", "--model=tiny", f"--train={train}", f"--task={task}")
+    assert result.exit_code == 0, result.stderr
+    spec = accepting.heard[0].spec
+    assert (spec.metric, spec.eval_every, spec.patience, spec.batch_size) == values
+    told = " ".join(run("ptbatch", "--help").stdout.split())
+    assert f"{task.lower()}: --metric={values[0].value} --eval-every={values[1]} --patience={values[2]}" in told
+
+
+def test_what_any_source_gives_is_stronger_than_the_task(accepting: Any, run: Run, train: str, home: Path) -> None:
+    job = script(home, "#PT --model=tiny --train=train.jsonl --eval-every=3 --task=generation")
+    result = run("ptbatch", "--metric=accuracy", "--task=classification", job, env={"PTBATCH_PATIENCE": "99"})
+    assert result.exit_code == 0, result.stderr
+    spec = accepting.heard[0].spec
+    assert (spec.metric, spec.eval_every, spec.patience, spec.batch_size) == (Metric.ACCURACY, 3, 99, 16)
+
+
+def test_a_tasks_metric_bounds_the_target(accepting: Any, run: Run, train: str) -> None:
+    for words in ("--task=classification --target-score=1.5", "--task=translation"):
+        assert run("ptbatch", *BASE, *words.split()).exit_code == 2
+    assert accepting.heard == []
+
+
 def test_epochs_are_as_many_steps_as_they_can_be_at_most(accepting: Any, run: Run, home: Path) -> None:
     (home / "many.jsonl").write_bytes(b'{"input": "a", "target": "b"}\n' * 20)
     for words in ("--epochs=3", "--epochs=3 --batch-size=2 --accumulate-steps=2", "--epochs=3 --batch-size=99",
