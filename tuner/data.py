@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from broker.protocol.errors import DataError
+from broker.protocol.spec import INPUT_FIELD
+from broker.protocol.states import Metric
 
 if TYPE_CHECKING:
     from broker.protocol.spec import RequestSpec
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 _EVAL_ROWS = 64  # split off when the request brings no evaluation rows
 _EVAL_SHARE = 5  # one in so many
+MOST_LABELS = 64  # each evaluation row runs once with every label
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -41,6 +44,34 @@ class Example:
 class Dataset:
     train: list[Example]
     eval: list[Example]
+    labels: tuple[tuple[int, ...], ...] = ()  # the distinct targets, where the metric is to choose among them
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest row, an evaluation row with its longest label included."""
+        label = max(map(len, self.labels), default=0)
+        return max(*map(len, self.train), *(len(row) - row.targets + max(row.targets, label) for row in self.eval))
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What becomes of a row's texts before they are tokens, and of its tokens before they are an example."""
+
+    verbalizer: str = INPUT_FIELD
+    max_input_tokens: int | None = None
+    max_target_tokens: int | None = None
+
+    @classmethod
+    def of(cls, spec: RequestSpec) -> Wording:
+        return cls(spec.verbalizer, spec.max_input_tokens, spec.max_target_tokens)
+
+    def words(self, text: str) -> str:
+        """The verbalizer with `text` in the place of its field. Nothing else in either has a meaning."""
+        return self.verbalizer.replace(INPUT_FIELD, text)
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """The last tokens, as many as may be: what is next to the target stays."""
+        return tokens if self.max_input_tokens is None else tokens[-self.max_input_tokens :]
 
 
 def load_dataset(base: Base, spec: RequestSpec, train: bytes, evaluation: bytes | None) -> Dataset:
@@ -48,26 +79,54 @@ def load_dataset(base: Base, spec: RequestSpec, train: bytes, evaluation: bytes 
 
     Raises `DataError` with the number of the row that cannot be used."""
     room = base.positions - spec.virtual_tokens
-    examples = read_examples(base, train, room, "training")
+    wording = Wording.of(spec)
+    examples = read_examples(base, train, room, "training", wording)
     if evaluation is not None:
-        return Dataset(examples, read_examples(base, evaluation, room, "evaluation"))
-    return split(examples, spec.seed)
+        data = Dataset(examples, read_examples(base, evaluation, room, "evaluation", wording))
+    else:
+        data = split(examples, spec.seed)
+    return _with_labels(data, room) if spec.metric is Metric.LABEL_ACCURACY else data
 
 
-def read_examples(base: Base, rows: bytes, room: int, what: str) -> list[Example]:
-    """The examples of canonical JSON Lines, each at most `room` tokens long.
+def _with_labels(data: Dataset, room: int) -> Dataset:
+    """Raises `DataError` for more targets than labels, and where the longest one does not fit behind some input."""
+    labels = sorted({row.tokens[-row.targets :] for row in data.train + data.eval})
+    if len(labels) > MOST_LABELS:
+        raise DataError(
+            f"label_accuracy: {len(labels)} different targets, and at most {MOST_LABELS} can be labels",
+            "use --metric=accuracy or token_accuracy, or fewer labels",
+        )
+    found = replace(data, labels=tuple(labels))
+    if found.longest > room:
+        raise DataError(
+            f"label_accuracy: an evaluation row with the longest label has {found.longest} tokens, and {room} fit "
+            "beside the virtual tokens",
+            "shorten the rows or use fewer virtual tokens",
+        )
+    return found
+
+
+def read_examples(base: Base, rows: bytes, room: int, what: str, wording: Wording = Wording()) -> list[Example]:
+    """The examples of canonical JSON Lines, worded so, each at most `room` tokens long.
 
     Raises `DataError` with the number of the row that cannot be used, and when there is no row."""
     decoded = _rows(rows, what)
     if not decoded:
         raise DataError(f"there are no {what} rows")
     end = base.end_token
-    inputs = base.tokenize([row.input for row in decoded])
+    inputs = base.tokenize([wording.words(row.input) for row in decoded])
     targets = base.tokenize([row.target for row in decoded])
     examples = []
     for number, (given, wanted) in enumerate(zip(inputs, targets, strict=True), 1):
         if not wanted:
             raise DataError(f"{what} row {number}: the target has no tokens")
+        if wording.max_target_tokens is not None and len(wanted) > wording.max_target_tokens:
+            raise DataError(
+                f"{what} row {number}: the target has {len(wanted)} tokens, more than the {wording.max_target_tokens} "
+                "of --max-target-tokens",
+                "shorten the target, or raise the limit",
+            )
+        given = wording.cut(given)
         if len(given) + len(wanted) + len(end) > room:
             length = len(given) + len(wanted) + len(end)
             raise DataError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bank.store import Bank
@@ -20,10 +21,11 @@ from broker.protocol.states import Init
 from tuner import packing, result
 from tuner.checkpoint import Checkpoints
 from tuner.data import BatchOrder, Dataset, Example, load_dataset, spec_digest
+from tuner.labels import choices_of, chosen_right
 from tuner.memory import Budget, bytes_per_request, usable_bytes
 from tuner.model import Base
 from tuner.optimizer import PromptState, update
-from tuner.run import History, Restart, Run
+from tuner.run import History, Point, Restart, Run
 from tuner.start import first_prompt, random_prompt
 from tuner.ways import known_fastest
 
@@ -32,6 +34,7 @@ _log = logging.getLogger(__name__)
 _PROFILED_REQUESTS = 4
 _SLOW_STEP_S = 1.0
 _TRIALS = 3
+_LABELLED_ROWS = 64  # judged with every label at a time: bounds what the host holds
 
 
 class Engine:
@@ -83,13 +86,34 @@ class Engine:
             lambda most: packing.score(self._base, scored, most),
             lambda most: packing.plan(self._base, lengths, rows, min(most, packing.SCORED_TOKENS)).splittable,
         )
+        # All is computed before any is recorded: memory may run out in the last.
+        labelled = [self._label_accuracy(prompt, run.data) for run, prompt, _ in tasks]
         broken = []
-        for (run, prompt, step), found in zip(tasks, scores, strict=True):
+        for (run, prompt, step), found, label_accuracy in zip(tasks, scores, labelled, strict=True):
             if math.isfinite(found.loss):
-                run.record(step, found.loss, found.accuracy, prompt)
+                point = Point(step, found.loss, found.accuracy, 0, found.token_accuracy, label_accuracy)
+                run.record(point, prompt)
             else:
                 broken.append(run)
         return broken
+
+    def _label_accuracy(self, prompt: Tensor, data: Dataset) -> float | None:
+        if not data.labels:
+            return None
+        right = 0
+        for first in range(0, len(data.eval), _LABELLED_ROWS):
+            rows = data.eval[first : first + _LABELLED_ROWS]
+            losses = self._row_losses(prompt, choices_of(rows, data.labels))
+            right += chosen_right(rows, data.labels, losses)
+        return right / len(data.eval)
+
+    def _row_losses(self, prompt: Tensor, examples: list[Example]) -> NDArray[np.float64]:
+        rows = [(0, example) for example in examples]
+        (judged,) = self._budget.within(
+            lambda most: packing.judge(self._base, [(prompt, examples)], most),
+            lambda most: packing.plan(self._base, [len(prompt)], rows, min(most, packing.SCORED_TOKENS)).splittable,
+        )
+        return judged.loss
 
     def move_on(self, run: Run) -> None:
         """Lets a run that stalled begin anew from noise; its best prompt so far stays."""
@@ -139,7 +163,7 @@ class Engine:
 
     def _check_room(self, data: Dataset, virtual_tokens: int) -> None:
         """Raises `DataError` when the longest row by itself does not fit into memory: no splitting helps there."""
-        longest = virtual_tokens + max(map(len, data.train + data.eval))
+        longest = virtual_tokens + data.longest
         needed, free = self._budget.row_bytes(longest), usable_bytes(self._base.device)
         if needed > free:
             raise DataError(

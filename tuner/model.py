@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from broker.protocol.errors import ConfigError
+from tuner.bundle import tokenizer_digest
 from tuner.reading import Digest, read_once
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Base:
     embedding_rms: float  # of the input embeddings: the size of a neutral first prompt
     accepts: frozenset[str]  # optional arguments of its forward
     window: int | None = None  # how far back some of its layers look; None: to the first token
+    tokenizer_digest: str | None = None  # of the tokenizer.json that was loaded
     ways: Ways = Ways()  # the plain one until `tuner.ways` has tried the others
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -241,4 +243,5 @@ def _describe(path: str, hashing: Digest, weights: Weights, model: Any, tokenize
         embedding_rms=float(torch.linalg.vector_norm(weight, dtype=torch.float32)) / weight.numel() ** 0.5,
         accepts=frozenset(inspect.signature(model.forward).parameters),
         window=getattr(config, "sliding_window", None),
+        tokenizer_digest=tokenizer_digest(Path(path)),
     )

@@ -29,10 +29,20 @@ PackRow = tuple[int, Example]  # which of the pack's prompts, and the row
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One prompt on its rows: mean loss of a target token, and the share of rows with every target token right."""
+    """One prompt on its rows: mean loss of a target token, and the shares of rows with every target token right and of
+    target tokens that are right."""
 
     loss: float
     accuracy: float
+    token_accuracy: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One prompt on each of its rows."""
+
+    loss: NDArray[np.float64]  # the sum over the row's target tokens
+    wrong: NDArray[np.float64]  # how many of them are not the likeliest
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +110,23 @@ def gradient(
     return loss, leaf.grad
 
 
-@torch.no_grad()
 def score(
     base: Base, tasks: Sequence[tuple[Tensor, Sequence[Example]]], max_tokens: int = SCORED_TOKENS
 ) -> list[Score]:
     """Scores each prompt on its rows, many of them in one forward pass."""
+    found = []
+    for judged, (_, examples) in zip(judge(base, tasks, max_tokens), tasks, strict=True):
+        targets = sum(example.targets for example in examples)
+        exact = float((judged.wrong == 0).mean())
+        found.append(Score(float(judged.loss.sum()) / targets, exact, 1 - float(judged.wrong.sum()) / targets))
+    return found
+
+
+@torch.no_grad()
+def judge(
+    base: Base, tasks: Sequence[tuple[Tensor, Sequence[Example]]], max_tokens: int = SCORED_TOKENS
+) -> list[Judged]:
+    """What each prompt makes of each of its rows, many of them in one forward pass."""
     lengths = [len(prompt) for prompt, _ in tasks]
     matrix = torch.cat([prompt for prompt, _ in tasks])
     rows = [(task, example) for task, (_, examples) in enumerate(tasks) for example in examples]
@@ -112,25 +134,20 @@ def score(
     logits_of: Callable[[Pack], Tensor] = partial(plain_logits, base, matrix)
     if how.shared:
         logits_of = partial(text_logits, base, prefix_of(base, matrix, lengths, _without_input(rows)))
-    loss, right = np.zeros(len(tasks)), np.zeros(len(tasks))
-    for pack in _packs(base, lengths, rows, how):
-        row_loss, row_right = _judge(logits_of(pack), pack)
-        np.add.at(loss, pack.owners, row_loss)
-        np.add.at(right, pack.owners, row_right)
-    targets = _targets(rows, len(tasks)).tolist()
-    return [
-        Score(loss=float(loss[task]) / targets[task], accuracy=float(right[task]) / len(examples))
-        for task, (_, examples) in enumerate(tasks)
-    ]
+    found = np.zeros((2, len(rows)))
+    for numbers, pack in zip(how.passes, _packs(base, lengths, rows, how), strict=True):
+        found[:, numbers] = _judge(logits_of(pack), pack)
+    ends = np.cumsum([len(examples) for _, examples in tasks])[:-1]
+    return [Judged(loss, wrong) for loss, wrong in zip(*(np.split(each, ends) for each in found), strict=True)]
 
 
-def _judge(logits: Tensor, pack: Pack) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Of each row: the sum of its target tokens' losses, and whether all of them are the likeliest."""
+def _judge(logits: Tensor, pack: Pack) -> NDArray[np.float64]:
+    """Of each row: the sum of its target tokens' losses, and how many of them are not the likeliest."""
     each = functional.cross_entropy(logits, pack.label_id, reduction="none").double()
     wrong = (logits.argmax(dim=1) != pack.label_id).double()
     found = torch.zeros(2, len(pack.ids), device=each.device, dtype=each.dtype)
-    loss, misses = found.index_add_(1, pack.label_row, torch.stack([each, wrong])).cpu().numpy()
-    return loss, misses == 0
+    judged: NDArray[np.float64] = found.index_add_(1, pack.label_row, torch.stack([each, wrong])).cpu().numpy()
+    return judged
 
 
 def _packs(base: Base, lengths: Sequence[int], rows: Sequence[PackRow], how: Plan) -> Iterator[Pack]:

@@ -10,6 +10,7 @@ import msgspec
 import safetensors.torch
 
 from bank.entries import Entry
+from tuner.bundle import REPORT
 from tuner.model import Base
 from tuner.run import Run
 
@@ -21,7 +22,7 @@ def result_files(base: Base, run: Run) -> dict[str, bytes]:
     return {
         "adapter_config.json": _json(_adapter_config(base, run.spec.virtual_tokens)),
         "adapter_model.safetensors": weights,
-        "prompttuner.json": _json(_report(base, run)),
+        REPORT: _json(_report(base, run)),
     }
 
 
@@ -76,7 +77,10 @@ def _report(base: Base, run: Run) -> dict[str, Any]:
         "request_id": run.assign.request_id,
         "attempt": run.assign.attempt,
         "spec": msgspec.to_builtins(run.spec),
+        "base_path": base.path,
         "base_digest": base.digest,
+        "tokenizer_digest": base.tokenizer_digest,
+        "verbalizer": run.spec.verbalizer,
         "start": run.history.start,
         "restart": msgspec.to_builtins(run.history.restart),
         "lookup_s": run.history.lookup_s,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from broker.protocol.messages import Assign
 from broker.protocol.spec import RequestSpec
@@ -30,16 +31,26 @@ class Point(Struct, frozen=True, forbid_unknown_fields=True):
     loss: float
     accuracy: float
     start: int = 0  # which of the request's first prompts it comes from
+    token_accuracy: float = 0.0
+    label_accuracy: float | None = None  # taken only where it is the metric: it costs a pass for each label
 
     def score(self, metric: Metric) -> float:
-        return self.loss if metric is Metric.LOSS else self.accuracy
+        match metric:
+            case Metric.LOSS:
+                return self.loss
+            case Metric.ACCURACY:
+                return self.accuracy
+            case Metric.TOKEN_ACCURACY:
+                return self.token_accuracy
+            case Metric.LABEL_ACCURACY:
+                return self.label_accuracy or 0.0
 
     def better_than(self, other: Point | None, metric: Metric) -> bool:
         """By the metric, then by loss; anything beats nothing."""
         if other is None:
             return True
-        if metric is Metric.ACCURACY and self.accuracy != other.accuracy:
-            return self.accuracy > other.accuracy
+        if metric is not Metric.LOSS and self.score(metric) != other.score(metric):
+            return self.score(metric) > other.score(metric)
         return self.loss < other.loss
 
 
@@ -112,11 +123,11 @@ class Run:
     @property
     def longest_row(self) -> int:
         """The tokens of its longest row, virtual ones included: what cannot be split."""
-        return self.spec.virtual_tokens + max(map(len, self.data.train + self.data.eval))
+        return self.spec.virtual_tokens + self.data.longest
 
-    def record(self, step: int, loss: float, accuracy: float, prompt: Tensor) -> None:
+    def record(self, point: Point, prompt: Tensor) -> None:
         """Takes one evaluation of `prompt` into the curve, and the prompt if it is the best so far."""
-        point = Point(step, loss, accuracy, 0 if self.history.restart is None else 1)
+        point = replace(point, start=0 if self.history.restart is None else 1)
         self.history.curve.append(point)
         if point.better_than(self.history.best, self.metric):
             self.history.best = point

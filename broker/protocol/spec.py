@@ -14,6 +14,10 @@ Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 RequestId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 AllocationId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 RequestIds = Annotated[list[RequestId], Meta(max_length=20_000)]  # each one is a look into the journal
+INPUT_FIELD = "{input}"
+_NO_FIELD = r"(?:(?!\{input\})[^\x00-\x08\x0b-\x1f\x7f])*"
+# The field exactly once. It is replaced, never formatted: other braces are plain text.
+Verbalizer = Annotated[str, Meta(max_length=4096, pattern=rf"^{_NO_FIELD}\{{input\}}{_NO_FIELD}\Z")]
 UnixS = Annotated[float, Meta(ge=0, le=253402300799)]
 
 
@@ -54,6 +58,9 @@ class RequestSpec(Frozen, frozen=True):
     accumulate_steps: Annotated[int, Meta(ge=1, le=1024)] = 1  # batches in each step
     epochs: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None  # ends there, or at max_steps if that is sooner
     patience: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None  # evaluations without a better prompt
+    verbalizer: Verbalizer = INPUT_FIELD  # the words around each input, which stands where the field does
+    max_input_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None  # a longer input keeps its end
+    max_target_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None  # a longer target is refused
 
 
 class Identity(Frozen, frozen=True):

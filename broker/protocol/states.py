@@ -80,6 +80,8 @@ class Metric(StrEnum):
 
     LOSS = "loss"  # mean token cross-entropy; lower is better
     ACCURACY = "accuracy"  # share of rows whose target tokens are all predicted; higher is better
+    TOKEN_ACCURACY = "token_accuracy"  # share of target tokens that are predicted; higher is better
+    LABEL_ACCURACY = "label_accuracy"  # share of rows whose target is the likeliest of all targets; higher is better
 
     def reached(self, score: float, target: float) -> bool:
         return score <= target if self is Metric.LOSS else score >= target

@@ -14,13 +14,14 @@ from click.core import ParameterSource
 
 from broker.protocol.errors import BrokerUnreachable, DataError, ProtocolMismatch, Transient, UsageError
 from broker.protocol.messages import Submit, Submitted
-from broker.protocol.spec import RequestSpec
+from broker.protocol.spec import INPUT_FIELD, RequestSpec
 from broker.protocol.states import Init, Metric, OnMiss, Rule, Schedule, Share
 from broker.protocol.times import format_instant
 from slurm_plugin.cli.common import envelope, expect, printable, refuse, say, standard_options, warn
 from slurm_plugin.cli.fields import slack_text
 from slurm_plugin.cli.options import Flag, InstantType, ParamType, SloType, sbatch_options, words_of
 from slurm_plugin.cli.scripted import ScriptedCommand
+from slurm_plugin.cli.tasks import Task, fill_in, presets_help
 
 if TYPE_CHECKING:
     from broker.net.client import BrokerClient
@@ -31,6 +32,7 @@ NAME = "ptbatch"
 ATTEMPTS = 3
 RETRY_PAUSE_S = 1.0
 MOST_STEPS = 1_000_000
+MOST_VERBALIZER = 4096  # characters
 ADAMW_RATE = 0.03  # the protocol's default is the other rule's, in parts of a token's size
 _SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -51,13 +53,30 @@ def _number(kind: type[int] | type[float], low: float, high: float, open_low: bo
 @click.option("--model", metavar="NAME", help="The base model, as ptinfo names it.")
 @click.option("--train", metavar="FILE", help="Training rows: JSON Lines or CSV with input and target.")
 @click.option("--eval", metavar="FILE", help="Evaluation rows; else some of the training rows are kept back.")
+@click.option("--task", type=words_of(Task), help=f"Defaults for options that are not given: {presets_help()}.")
 @click.option(
     "--prompt-tokens", type=_number(int, 1, 512), metavar="N", help="Virtual tokens of the prompt.  [default: 16]"
 )
 @click.option("--init", type=words_of(Init), help="The first prompt.  [default: bank]")
 @click.option("--init-text", metavar="TEXT", help="The text that --init=text begins with.")
-@click.option("--metric", type=words_of(Metric), help="What --target-score is measured in.  [default: loss]")
+@click.option(
+    "--metric",
+    type=words_of(Metric),
+    help="What --target-score is measured in (accuracy: exact match).  [default: loss]",
+)
 @click.option("--target-score", type=float, metavar="X", help="End when the evaluation rows reach this score.")
+@click.option(
+    "--verbalizer", metavar="TEXT", help="The words around each input, which replaces {input}.  [default: {input}]"
+)
+@click.option(
+    "--max-input-tokens",
+    type=_number(int, 1, 1_000_000),
+    metavar="N",
+    help="Cut longer inputs, verbalizer included: their last N tokens stay.",
+)
+@click.option(
+    "--max-target-tokens", type=_number(int, 1, 1_000_000), metavar="N", help="Refuse rows with longer targets."
+)
 @click.option("--max-steps", type=_number(int, 1, MOST_STEPS), metavar="N", help="End after N steps.  [default: 250]")
 @click.option(
     "--epochs",
@@ -127,6 +146,7 @@ def main(ctx: click.Context, /, **options: Any) -> int:
         _change_folder(options["chdir"])
     folder = _output_folder(options)
     _resolve_two_deadlines(ctx, options)
+    fill_in(options)
 
     from slurm_plugin.contact import contact_for, read_site_config
 
@@ -228,9 +248,11 @@ def _spec(ctx: click.Context, options: dict[str, Any], train: Data, evaluation: 
     }
     same: tuple[str, ...] = ("model", "account", "partition", "qos", "comment", "init_text", "metric", "target_score")
     same += ("eval_every", "batch_size", "seed", "on_miss", "share", "rule", "weight_decay", "clip_norm", "schedule")
-    same += ("warmup_steps", "accumulate_steps", "epochs", "patience")
+    same += ("warmup_steps", "accumulate_steps", "epochs", "patience", "verbalizer", "max_input_tokens")
+    same += ("max_target_tokens",)
     values.update({name: options[name] for name in same})
     _check_target(options)
+    _check_verbalizer(options["verbalizer"])
     given = {name: value for name, value in values.items() if value is not None}
     try:
         return msgspec.convert(given, RequestSpec)
@@ -281,10 +303,19 @@ def _check_target(options: dict[str, Any]) -> None:
     score = options["target_score"]
     if score is None:
         return
-    accuracy = options["metric"] == Metric.ACCURACY.value
+    accuracy = options["metric"] not in (None, Metric.LOSS.value)
     if not math.isfinite(score) or score < 0 or (accuracy and score > 1):
         allowed = "an accuracy is 0..1" if accuracy else "a loss is 0 or more"
         raise UsageError(f"--target-score={score:g} cannot be reached", f"{allowed}; --metric says which it is")
+
+
+def _check_verbalizer(text: str | None) -> None:
+    count = 1 if text is None else text.count(INPUT_FIELD)
+    if count != 1:
+        times = "has no {input}" if count == 0 else f"has {{input}} {count} times"
+        raise UsageError(f"--verbalizer {times}", "say once where the input stands: --verbalizer='Review: {input}'")
+    if text is not None and len(text) > MOST_VERBALIZER:
+        raise UsageError(f"--verbalizer has {len(text)} characters, and {MOST_VERBALIZER} are the most", "shorten it")
 
 
 def _script_name(ctx: click.Context) -> str | None:

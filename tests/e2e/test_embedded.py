@@ -223,6 +223,20 @@ def test_an_accuracy_target_ends_a_request(calm: Embedded) -> None:
     assert row["score"] >= 0.5 and row["step"] < row["max_steps"]
 
 
+def test_a_tasks_settings_and_the_verbalizer_reach_the_result(calm: Embedded) -> None:
+    folder = calm.dir / "worded"
+    words = ("--task=generation", "--metric=token_accuracy", "--target-score=0.3", "--verbalizer={input} write")
+    calm.run("ptbatch", "--model=tiny", f"--train={calm.task(TASK)}", *words, "--wait", f"--output={folder}")
+    report = json.loads((folder / "prompttuner.json").read_text())
+    assert (report["verbalizer"], report["spec"]["eval_every"]) == ("{input} write", 10)
+    assert report["target_reached"] and report["best"]["token_accuracy"] >= 0.3
+
+
+def test_a_target_that_is_too_long_ends_its_request_by_its_row(calm: Embedded) -> None:
+    [row] = calm.wait([calm.submit(TASK, "--max-target-tokens=1")])
+    assert row["state"] == "FAILED" and "training row 1: the target has" in row["error"]
+
+
 def test_on_miss_drop_ends_and_on_miss_reject_refuses(calm: Embedded) -> None:
     dropped = calm.submit(TASK, "--max-steps=100000", "--slo=3s", "--on-miss=drop")
     assert results(calm.wait([dropped])) == ["DEADLINE"]

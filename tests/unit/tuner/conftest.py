@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import string
@@ -15,7 +16,16 @@ import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from broker.protocol.messages import Assign
 from broker.protocol.spec import RequestSpec
@@ -32,7 +42,12 @@ def _config(family: str) -> Any:
     sizes = {"vocab_size": 2 * len(WORDS) + 4, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
     if family == "gpt2":
         return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **sizes)
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    if family == "gpt_neox":
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+        return GPTNeoXConfig(hidden_size=32, intermediate_size=64, **heads, **sizes)
+    if family == "gemma":
+        sizes["head_dim"] = 8
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig, "gemma": GemmaConfig}[family]
     return kind(
         hidden_size=32,
         intermediate_size=64,
@@ -61,10 +76,17 @@ def _write_tokenizer(directory: Path, family: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One directory for each family, its weights large enough that prompts matter."""
-    found = {}
-    for family in FAMILIES:
+def model_dirs(make_model_dir: Callable[[str], Path]) -> dict[str, Path]:
+    """One directory for each of the families that most tests run on."""
+    return {family: make_model_dir(family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def make_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's model, its weights large enough that prompts matter."""
+
+    @functools.cache
+    def make(family: str) -> Path:
         directory = tmp_path_factory.mktemp(family)
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(_config(family))
@@ -74,8 +96,9 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                     parameter.mul_(5)
         model.save_pretrained(directory)
         _write_tokenizer(directory, family)
-        found[family] = directory
-    return found
+        return directory
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -127,12 +150,12 @@ def make_rows() -> Callable[..., bytes]:
 
 
 @pytest.fixture
-def make_session(model_dirs: dict[str, Path], tmp_path: Path) -> Callable[..., Session]:
+def make_session(make_model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., Session]:
     """Loaded sessions that share one bank and one checkpoint directory."""
 
     def make(family: str = "llama", *, checkpoint_s: float = 1e9) -> Session:
         session = Session(
-            model_path=str(model_dirs[family]),
+            model_path=str(make_model_dir(family)),
             bank_dir=tmp_path / "bank",
             checkpoint_dir=tmp_path / "checkpoints",
             checkpoint_s=checkpoint_s,

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from broker.protocol.errors import DataError
-from tuner.data import BatchOrder, Example, load_dataset, read_examples, split
+from tuner.data import BatchOrder, Example, Wording, load_dataset, read_examples, split
 from tuner.model import Base, load_base
 
 
 def test_a_row_is_input_then_target_then_the_end_token(base: Base) -> None:
     (example,) = read_examples(base, b'{"input":"a b","target":"c"}\n', 40, "training")
     assert example == Example((3, 4, 5, 2), targets=2)
+
+
+def test_the_verbalizer_words_training_and_evaluation_rows_and_is_no_format(base: Base, make_request) -> None:
+    rows = b'{"input":"a","target":"c"}\n'
+    data = load_dataset(base, make_request(verbalizer="b {input} d").spec, rows, rows)
+    assert data.train == data.eval == [Example((4, 3, 6, 5, 2), targets=2)]
+    assert Wording("{0} {x} {{input}} {").words("{input} {y}") == "{0} {x} {{input} {y}} {"
+
+
+@pytest.mark.parametrize("verbalizer", ["", "b", "{input}{input}", "{ input}", "{input}" + "x" * 4090, "{input}\0"])
+def test_a_verbalizer_without_its_one_field_is_no_request(make_request, verbalizer: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        make_request(verbalizer=verbalizer)
+    assert make_request(verbalizer="{x} {{input}}\n\t{input").spec.verbalizer == "{x} {{input}}\n\t{input"
+
+
+def test_a_longer_input_keeps_its_end(base: Base, make_request) -> None:
+    assign = make_request(verbalizer="b {input} d", max_input_tokens=3, rows=b'{"input":"a e f","target":"c"}\n')
+    data = load_dataset(base, assign.spec, assign.train, None)
+    assert data.train == [Example((7, 8, 6, 5, 2), targets=2)]
+    many = b'{"input":"' + b"a " * 99 + b'","target":"b"}\n'
+    assert len(load_dataset(base, assign.spec, many, None).train[0]) == 5
+
+
+def test_a_longer_target_is_refused_by_its_row(base: Base, make_request) -> None:
+    rows = b'{"input":"a","target":"c d"}\n{"input":"a","target":"c d e"}\n'
+    assign = make_request(max_target_tokens=2, rows=rows)
+    with pytest.raises(DataError, match="training row 2: the target has 3 tokens, more than the 2"):
+        load_dataset(base, assign.spec, assign.train, None)
+    assert len(load_dataset(base, make_request(max_target_tokens=3).spec, rows, None).train) == 1
 
 
 def test_a_tokenizer_without_an_end_token_adds_none(model_dirs, tmp_path) -> None:

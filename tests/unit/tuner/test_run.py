@@ -11,7 +11,7 @@ import torch
 from broker.protocol.messages import Assign
 from tuner.data import BatchOrder, Dataset, Example
 from tuner.optimizer import PromptState
-from tuner.run import History, Restart, Run
+from tuner.run import History, Point, Restart, Run
 
 MakeRequest = Callable[..., Assign]
 
@@ -27,7 +27,7 @@ def make_run(make_request: MakeRequest) -> Callable[..., Run]:
         run = Run(assign, Dataset([row] * rows, [row]), order, state, state.prompt, History(start, 0.0))
         for number, loss in enumerate(losses):
             state.step = number * spec.eval_every
-            run.record(run.step, loss, 0.0, state.prompt)
+            run.record(Point(run.step, loss, 0.0), state.prompt)
         return run
 
     return make
@@ -78,7 +78,7 @@ def test_patience_counts_evaluations_since_the_best_or_the_new_start(make_run: C
     run.history.restart, run.state.step = Restart(20, "random"), 0
     for loss, over in [(3.0, False), (2.5, False), (2.4, True)]:
         run.state.step += 5
-        run.record(run.step, loss, 0.0, run.state.prompt)
+        run.record(Point(run.step, loss, 0.0), run.state.prompt)
         assert run.over is over
     assert [point.start for point in run.history.curve] == [0] * 5 + [1] * 3
     assert not make_run([1.0] * 50, patience=None).over

@@ -66,8 +66,10 @@ def test_every_option_reaches_the_request(accepting: Any, run: Run, train: str, 
     words = "--eval=eval.csv --prompt-tokens=4 --init-text=hello --metric=Accuracy --target-score=0.9 --max-steps=9 "
     words += "--eval-every=3 --batch-size=2 --rate=0.5 --seed=11 --deadline=now+1hour --on-miss=drop --share=account "
     words += "-J name -A teama -p gpu -q high --comment=note --epochs=2.5 --patience=4 --rule=adamw --weight-decay=0.1 "
-    words += "--clip-norm=1.5 --schedule=Cosine --warmup-steps=0 --accumulate-steps=3"
-    result = run("ptbatch", "--model=tiny", f"--train={train}", *words.split())
+    words += "--clip-norm=1.5 --schedule=Cosine --warmup-steps=0 --accumulate-steps=3 --max-input-tokens=50 "
+    words += "--max-target-tokens=7"
+    verbalizer = "Text: {input} {0} {x!r}\n:"
+    result = run("ptbatch", "--model=tiny", f"--train={train}", *words.split(), f"--verbalizer={verbalizer}")
     assert result.exit_code == 0, result.stderr
     spec = accepting.heard[0].spec
     assert len(accepting.heard[0].blobs) == 2
@@ -76,6 +78,7 @@ def test_every_option_reaches_the_request(accepting: Any, run: Run, train: str, 
     assert (spec.rate, spec.seed, spec.on_miss, spec.share) == (0.5, 11, OnMiss.DROP, Share.ACCOUNT)
     assert (spec.job_name, spec.account, spec.partition, spec.qos) == ("name", "teama", "gpu", "high")
     assert spec.comment == "note"
+    assert (spec.verbalizer, spec.max_input_tokens, spec.max_target_tokens) == (verbalizer, 50, 7)
     assert (spec.rule, spec.weight_decay, spec.clip_norm, spec.schedule) == (Rule.ADAMW, 0.1, 1.5, Schedule.COSINE)
     assert (spec.epochs, spec.patience, spec.warmup_steps, spec.accumulate_steps) == (2.5, 4, 0, 3)
     assert 3590 < spec.deadline_unix_s - time.time() <= 3600
@@ -85,6 +88,39 @@ def test_adamw_has_a_rate_of_its_own_unless_told(accepting: Any, run: Run, train
     for words in ([], ["--rule=adamw"], ["--rule=adamw", "--rate=0.5"]):
         run("ptbatch", "--model=tiny", f"--train={train}", *words)
     assert [submit.spec.rate for submit in accepting.heard] == [0.3, ptbatch.ADAMW_RATE, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("task", "values"),
+    [
+        ("classification", (Metric.LABEL_ACCURACY, 10, 15, 16)),
+        ("Generation", (Metric.LOSS, 10, 10, 8)),
+        ("summarization", (Metric.LOSS, 20, 8, 4)),
+    ],
+)
+def test_a_task_chooses_the_defaults_and_help_says_which(
+    accepting: Any, run: Run, train: str, task: str, values: tuple[Any, ...]
+) -> None:
+    result = run("ptbatch", "--model=tiny", f"--train={train}", f"--task={task}")
+    assert result.exit_code == 0, result.stderr
+    spec = accepting.heard[0].spec
+    assert (spec.metric, spec.eval_every, spec.patience, spec.batch_size) == values
+    told = " ".join(run("ptbatch", "--help").stdout.split())
+    assert f"{task.lower()}: --metric={values[0].value} --eval-every={values[1]} --patience={values[2]}" in told
+
+
+def test_what_any_source_gives_is_stronger_than_the_task(accepting: Any, run: Run, train: str, home: Path) -> None:
+    job = script(home, "#PT --model=tiny --train=train.jsonl --eval-every=3 --task=generation")
+    result = run("ptbatch", "--metric=accuracy", "--task=classification", job, env={"PTBATCH_PATIENCE": "99"})
+    assert result.exit_code == 0, result.stderr
+    spec = accepting.heard[0].spec
+    assert (spec.metric, spec.eval_every, spec.patience, spec.batch_size) == (Metric.ACCURACY, 3, 99, 16)
+
+
+def test_a_tasks_metric_bounds_the_target(accepting: Any, run: Run, train: str) -> None:
+    for words in ("--task=classification --target-score=1.5", "--task=translation"):
+        assert run("ptbatch", *BASE, *words.split()).exit_code == 2
+    assert accepting.heard == []
 
 
 def test_epochs_are_as_many_steps_as_they_can_be_at_most(accepting: Any, run: Run, home: Path) -> None:
@@ -294,6 +330,14 @@ BASE = ("--model=tiny", "--train=train.jsonl")
         ((*BASE, "--init=text"), "--init=text needs --init-text"),
         ((*BASE, "--init=random", "--init-text=x"), "exclude each other"),
         ((*BASE, "--metric=accuracy", "--target-score=90"), "--target-score=90 cannot be reached"),
+        ((*BASE, "--metric=label_accuracy", "--target-score=90"), "an accuracy is 0..1"),
+        ((*BASE, "--verbalizer=Text:"), "--verbalizer has no {input}"),
+        ((*BASE, "--verbalizer="), "--verbalizer has no {input}"),
+        ((*BASE, "--verbalizer={input} {input}"), "--verbalizer has {input} 2 times"),
+        ((*BASE, "--verbalizer={input}" + "x" * 4090), "--verbalizer has 4097 characters, and 4096 are the most"),
+        ((*BASE, "--verbalizer={input}\x1b"), "control characters"),
+        ((*BASE, "--max-input-tokens=0"), "0 is not in the range"),
+        ((*BASE, "--max-target-tokens=0"), "0 is not in the range"),
         ((*BASE, "--target-score=nan"), "--target-score=nan cannot be reached"),
         ((*BASE, "--job-name=a\nb"), "--job-name='a\\nb': control characters and empty words are not allowed"),
         ((*BASE, "--comment=" + "x" * 5000), "expected str of length <= 4096"),
