@@ -41,6 +41,11 @@ def queued_s(row: RequestRow, now_unix_s: float) -> float:
     return max(0.0, (row.start_unix_s or row.end_unix_s or now_unix_s) - row.submit_unix_s)
 
 
+def error_text(row: RequestRow) -> str:
+    """What went wrong, and the remedy, in one line."""
+    return "; ".join(row.error.splitlines())
+
+
 def slack_text(slack_s: float | None) -> str:
     """A signed slack in at most eight characters: `+1:10`, `-2:03:04`, `+12h05m`, `+3d04h`."""
     if slack_s is None:
@@ -187,7 +192,7 @@ ACCOUNTING_FIELDS: tuple[Field[RequestRow], ...] = (
     _f("StepID", "", 12, lambda r, _: r.step_id),
     _f("NodeList", "", 15, lambda r, _: r.nodes),
     _f("Comment", "", 14, lambda r, _: r.comment),
-    _f("Error", "", 20, lambda r, _: r.error),
+    _f("Error", "", 20, lambda r, _: error_text(r)),
 )
 
 _TIMES = tuple(name for name in RequestRow.__struct_fields__ if name.endswith("_unix_s"))

@@ -14,7 +14,7 @@ from broker.protocol.rows import RequestRow
 from broker.protocol.states import RequestState
 from broker.protocol.times import format_duration, format_instant
 from slurm_plugin.cli.common import expect, printable, say
-from slurm_plugin.cli.fields import number, slack_text
+from slurm_plugin.cli.fields import error_text, number, slack_text
 from slurm_plugin.cli.results import write_folder
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def summary_text(row: RequestRow) -> str:
     if row.met is not None:
         text += f", deadline {'met' if row.met else 'missed'}"
         text += f" (slack {slack_text(row.slack_s)})"
-    return text + (f": {row.error}" if row.error else "")
+    return text + (f": {error_text(row)}" if row.error else "")
 
 
 def follow(client: BrokerClient, request_id: int, progress: Progress) -> RequestRow:

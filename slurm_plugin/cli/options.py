@@ -57,6 +57,16 @@ class InstantType(ParamType):
             self.fail(f"{error.message}; {error.hint}", param, ctx)
 
 
+class FiniteRange(click.FloatRange):
+    """A range of finite numbers: click's lets NaN through, which is neither too low nor too high."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 class Flag(click.Option):
     """A flag that the environment sets as sbatch's: set and empty, `yes` or a number other than 0 mean on."""
 

@@ -19,7 +19,7 @@ from broker.protocol.states import Init, Metric, OnMiss, Rule, Schedule, Share
 from broker.protocol.times import format_instant
 from slurm_plugin.cli.common import envelope, expect, printable, refuse, say, standard_options, warn
 from slurm_plugin.cli.fields import slack_text
-from slurm_plugin.cli.options import Flag, InstantType, ParamType, SloType, sbatch_options, words_of
+from slurm_plugin.cli.options import FiniteRange, Flag, InstantType, ParamType, SloType, sbatch_options, words_of
 from slurm_plugin.cli.scripted import ScriptedCommand
 from slurm_plugin.cli.tasks import Task, fill_in, presets_help
 
@@ -44,7 +44,7 @@ _SETTINGS: dict[str, Any] = {
 def _number(kind: type[int] | type[float], low: float, high: float, open_low: bool = False) -> ParamType:
     if kind is int:
         return click.IntRange(int(low), int(high))
-    return click.FloatRange(low, high, min_open=open_low)
+    return FiniteRange(low, high, min_open=open_low)
 
 
 @click.command(NAME, cls=ScriptedCommand, context_settings=_SETTINGS)
@@ -96,7 +96,12 @@ def _number(kind: type[int] | type[float], low: float, high: float, open_low: bo
     help="Step size, in parts of a token's own size.  [default: 0.3; with --rule=adamw 0.03, the learning rate]",
 )
 @click.option("--rule", type=words_of(Rule), help="How a step moves the tokens.  [default: scaled]")
-@click.option("--weight-decay", type=_number(float, 0, 100), metavar="X", help="AdamW's.  [default: 0]")
+@click.option(
+    "--weight-decay",
+    type=_number(float, 0, 100),
+    metavar="X",
+    help="Shrink the tokens by rate times X each step.  [default: 0]",
+)
 @click.option(
     "--clip-norm",
     type=_number(float, 0, 1e9, open_low=True),

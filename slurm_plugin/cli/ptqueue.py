@@ -26,7 +26,8 @@ from slurm_plugin.cli.common import (
     split_list,
     warn,
 )
-from slurm_plugin.cli.fields import QUEUE_FIELDS, as_json, queued_s, slack_text
+from slurm_plugin.cli.fields import QUEUE_FIELDS, as_json, error_text, queued_s, slack_text
+from slurm_plugin.cli.options import FiniteRange
 from slurm_plugin.cli.table import Table, emit, letter_format, long_format, sort_rows
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ _MEANINGS = {
 @click.option(
     "-S", "--sort", envvar="PTQUEUE_SORT", metavar="FIELDS", help="Sort by these: -o's letters; - is downwards."
 )
-@click.option("-i", "--iterate", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Repeat.")
+@click.option("-i", "--iterate", type=FiniteRange(0.1, 86_400), metavar="SECONDS", help="Repeat.")
 @click.option("-h", "--noheader", is_flag=True, help="No header.")
 @click.option("-l", "--long", "long_", is_flag=True, help="More columns.")
 @click.option("--start", is_flag=True, help="Predicted ends of those that wait.")
@@ -182,7 +183,7 @@ def explain(row: RequestRow, now_unix_s: float) -> list[str]:
     elif row.state is RequestState.RUNNING:
         lines.append(f"  runs on {row.nodes or 'this host'} in {row.allocation}, step {row.step} of {row.max_steps}")
     else:
-        lines.append(f"  ended {format_instant(row.end_unix_s)}" + (f": {row.error}" if row.error else ""))
+        lines.append(f"  ended {format_instant(row.end_unix_s)}" + (f": {error_text(row)}" if row.error else ""))
     if row.attempts > 1:
         lines.append(f"  attempt {row.attempts}: a worker was lost, nothing was started anew")
     if row.predicted_finish_unix_s and not row.state.final:

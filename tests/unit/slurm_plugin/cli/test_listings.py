@@ -138,6 +138,8 @@ def test_an_id_that_is_not_there_is_an_error_of_its_own(queue: Any, run: Run) ->
     [
         ("ptqueue", ("-o", "%Z"), "unknown format field '%Z'"),
         ("ptqueue", ("-o", "text"), "no field in the format 'text'"),
+        ("ptqueue", ("-i", "nan"), "'nan' is not a finite number"),
+        ("ptqueue", ("-i", "inf"), "inf is not in the range 0.1<=x<=86400"),
         ("ptqueue", ("-o", "%"), "unknown format field '%'"),
         ("ptqueue", ("-O", "Nothing"), "unknown field 'Nothing'"),
         ("ptqueue", ("-S", "Z"), "unknown field 'Z'"),

@@ -324,7 +324,8 @@ BASE = ("--model=tiny", "--train=train.jsonl")
         ((*BASE, "--deadline=someday"), "Invalid value for '--deadline': not a time: 'someday'"),
         ((*BASE, "--max-steps=0"), "0 is not in the range 1<=x<=1000000"),
         ((*BASE, "--max-steps=many"), "'many' is not a valid int"),
-        ((*BASE, "--rate=nan"), "--rate='nan': expected float > 0.0"),
+        ((*BASE, "--rate=nan"), "Invalid value for '--rate': 'nan' is not a finite number"),
+        ((*BASE, "--epochs=nan"), "Invalid value for '--epochs': 'nan' is not a finite number"),
         ((*BASE, "--rate=0"), "0.0 is not in the range 0<x<=100"),
         ((*BASE, "--on-miss=perhaps"), "'perhaps' is not one of"),
         ((*BASE, "--init=text"), "--init=text needs --init-text"),
@@ -474,10 +475,10 @@ def test_an_empty_folder_and_a_link_to_one_may_be_filled(
 def test_the_exit_code_is_the_requests(
     broker: Any, run: Run, row: Row, train: str, home: Path, state: RequestState
 ) -> None:
-    broker.answer = serving([row(state=state, error="out of luck")])
+    broker.answer = serving([row(state=state, error="out of luck\ntry again")])
     result = run("ptbatch", *BASE, "--wait", "--output=out", "-Q")
     assert result.exit_code == 1
-    assert f"ptbatch: error: request 7 {state.value}" in result.stderr and "out of luck" in result.stderr
+    assert f"ptbatch: error: request 7 {state.value}" in result.stderr and "out of luck; try again\n" in result.stderr
     assert not (home / "out").exists()
 
 
