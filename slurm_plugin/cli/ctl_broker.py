@@ -24,7 +24,15 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL_LINES = 15
 
-site_option = click.option("--site", type=click.Path(path_type=Path), help="The site file.")
+site_option = click.option(
+    "--site-file",
+    "--site",
+    "site",
+    type=click.Path(path_type=Path),
+    envvar="PROMPTTUNER_SITE_FILE",
+    metavar="FILE",
+    help="The site file.",
+)
 
 
 @click.group("broker", cls=PtGroup)

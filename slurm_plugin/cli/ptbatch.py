@@ -189,7 +189,10 @@ def _output_folder(options: dict[str, Any]) -> Path | None:
 
 
 def _resolve_two_deadlines(ctx: click.Context, options: dict[str, Any]) -> None:
-    """--slo and --deadline say one thing: the stronger source wins, and two of one source are a mistake."""
+    """--slo and --deadline say one thing: the stronger source wins, and two of one source are a mistake; without
+    either there is nothing to miss."""
+    if options["slo"] is None and options["deadline"] is None and options["on_miss"] in ("drop", "reject"):
+        raise UsageError(f"--on-miss={options['on_miss']} without a deadline", "give --slo or --deadline")
     if options["slo"] is None or options["deadline"] is None:
         return
     strength = [ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP]

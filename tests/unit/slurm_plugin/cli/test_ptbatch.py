@@ -320,6 +320,7 @@ BASE = ("--model=tiny", "--train=train.jsonl")
         ((*BASE, "--slo=0s"), "sets no deadline"),
         ((*BASE, "--slo=-5"), "not a duration: '-5'"),
         ((*BASE, "--slo=1", "--deadline=now+1"), "--slo and --deadline exclude each other"),
+        ((*BASE, "--on-miss=drop"), "--on-miss=drop without a deadline"),
         ((*BASE, "--deadline=2020-01-01"), "the deadline 2020-01-01T00:00:00 is in the past"),
         ((*BASE, "--deadline=someday"), "Invalid value for '--deadline': not a time: 'someday'"),
         ((*BASE, "--max-steps=0"), "0 is not in the range 1<=x<=1000000"),
