@@ -17,6 +17,7 @@ demo: $(VENV)/.installed  ## real prompt tuning on warm workers of this machine
 	$(BIN)/ptctl demo
 
 test: $(VENV)/.installed lint  ## everything that CI runs, the real Slurm cluster included
+	-$(PYTHON) tests/cluster install
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed

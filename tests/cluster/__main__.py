@@ -1,4 +1,4 @@
-"""`python tests/cluster up|down|status|env [--dir DIR] [--rootless]`: a Slurm cluster to try things out on."""
+"""`python tests/cluster install|up|down|status|env [--dir DIR] [--rootless]`: a Slurm cluster to try things out on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ if __package__ in (None, ""):  # started by its path: the package's name needs t
 
 from tests.cluster import Cluster, ClusterError
 from tests.cluster.config import PARTITIONS
+from tests.cluster.packages import ensure_installed
 
 
 def main() -> int:
     options = _parser().parse_args()
     directory = Path(options.dir or _default_directory())
     try:
+        if options.command == "install":
+            ensure_installed()
+            return 0
         if options.command == "up":
             return _up(directory, options.rootless)
         return {"down": _down, "status": _status, "env": _env}[options.command](directory)
@@ -30,7 +34,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "A real, ephemeral Slurm cluster on this machine."
     parser = argparse.ArgumentParser(prog="python tests/cluster", description=description)
-    parser.add_argument("command", choices=("up", "down", "status", "env"))
+    parser.add_argument("command", choices=("install", "up", "down", "status", "env"))
     parser.add_argument("--dir", help=f"the directory that holds all of it (default {_default_directory()})")
     parser.add_argument("--rootless", action="store_true", help="with `up`: everything as the one user who calls")
     return parser
