@@ -72,16 +72,15 @@ def run(broker: WaitingBroker, total: int, kill_at: int | None) -> dict[str, Any
     """One run: `total` submissions from all clients together; the broker is killed once `kill_at` were acknowledged."""
     context = multiprocessing.get_context("fork")
     out: Queue[Any] = context.Queue()
-    gate, acked = context.Event(), context.Value("i", 0)
+    gate, acked = context.Barrier(CLIENTS + 1), context.Value("i", 0)  # all begin when each has made its data
     share = total // CLIENTS
     clients = [
         context.Process(target=submit_all, args=(broker.contact, i, share, gate, acked, out)) for i in range(CLIENTS)
     ]
     for client in clients:
         client.start()
-    time.sleep(1.0)  # data is made before the gate opens
+    gate.wait(timeout=60)
     began_mono_s = time.monotonic()
-    gate.set()
     back_s = None
     if kill_at is not None:
         while acked.value < kill_at:
