@@ -24,7 +24,6 @@ from tests.site import Site, until
 TASK = "copy-cities-plain"
 CLUSTER = Path("/var/tmp/prompttuner-bench")
 COLD_TIMEOUT_S = 120.0
-ARRIVAL_GAP_S = 0.5  # between requests: each finds the worker idle and the former one's accounting done
 
 
 def warm_s(site: Site, user: str | None) -> float:
@@ -93,7 +92,6 @@ def main() -> None:
         until(lambda: " idle " in site.run("ptinfo", "-N", user=user).stdout, 120, "a worker is warm")
         warm, cold = [], []
         for number in range(given.warm_runs):
-            time.sleep(ARRIVAL_GAP_S)
             warm.append(warm_s(site, user))
             if number % max(1, given.warm_runs // given.cold_runs) == 0:
                 cold.append(cold_s(site, user, number))
